@@ -1,0 +1,38 @@
+"""The quantizers that come with the package."""
+
+from pathlib import Path
+
+import torch
+
+from .modeling_rqmoe import RQMoEModel
+
+
+def bundled_quantizers() -> dict[str, Path]:
+    """Names and folders of the quantizers that need no download; `RQMoEModel.from_pretrained(folder)` loads one."""
+    package = Path(__file__).parent
+    for root in (package / "model_cards", package.parent / "model_cards"):  # in a wheel; in a checkout
+        if root.is_dir():
+            return {file.parent.name: file.parent for file in sorted(root.glob("*/config.json"))}
+    return {}
+
+
+def load_quantizer(name: str, dtype: str = "float32", revision: str | None = None) -> RQMoEModel:
+    """Loads a quantizer by its bundled name, its folder or its Hub id.
+
+    Args:
+        name: For example "minilm-384", "runs/mine" or "org/name".
+        dtype: Of the experts' arithmetic: "float32", or "bfloat16" where the processor has it.
+        revision: Branch, tag or commit on the Hub.
+    """
+    bundled = bundled_quantizers()
+    folder = Path(name)
+    if name not in bundled and not folder.is_dir() and ("/" not in name or folder.is_absolute()):
+        raise ValueError(
+            f"There is no quantizer {name!r}: expected a folder, a Hub id such as org/name, or one of the bundled "
+            f"quantizers ({', '.join(bundled) or 'none here'})."
+        )
+    if name not in bundled and folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"The folder {name} holds no quantizer: it has no config.json.")
+    source = str(bundled.get(name, name))
+    model = RQMoEModel.from_pretrained(source, dtype=getattr(torch, dtype), revision=revision or "main")
+    return model.eval()

@@ -1,0 +1,56 @@
+"""rqmoe compress, rqmoe decompress"""
+
+from typing import Annotated
+
+import typer
+
+from .options import (
+    EMBEDDINGS_HELP,
+    BeamSize,
+    Column,
+    DType,
+    NumCandidates,
+    NumCodebooks,
+    Output,
+    Quantizer,
+    Revision,
+    Split,
+)
+
+
+def compress(
+    embeddings: Annotated[str, typer.Argument(help=EMBEDDINGS_HELP)],
+    output: Output,
+    model: Quantizer,
+    column: Column = "embeddings",
+    split: Split = "train",
+    num_codebooks: NumCodebooks = None,
+    num_candidates: NumCandidates = None,
+    beam_size: BeamSize = None,
+    dtype: DType = "float32",
+    shard_size: Annotated[int, typer.Option(help="Vectors per output file.")] = 65_536,
+    revision: Revision = None,
+) -> None:
+    """Compress embeddings to codes, as parquet shards. A run that was stopped continues where it was."""
+    from ..bundled import load_quantizer
+    from ..data import compress_shards
+
+    quantizer = load_quantizer(model, dtype, revision)
+    search = (num_codebooks, num_candidates, beam_size)
+    files = compress_shards(embeddings, output, quantizer, column, split, *search, shard_size, revision)
+    print(f"Wrote {len(files)} files to {output}.")
+
+
+def decompress(
+    codes: Annotated[str, typer.Argument(help="File or folder of `rqmoe compress`.")],
+    output: Output,
+    model: Quantizer,
+    dtype: DType = "float32",
+    revision: Revision = None,
+) -> None:
+    """Restore embeddings from codes, as parquet shards. A run that was stopped continues where it was."""
+    from ..bundled import load_quantizer
+    from ..data import decompress_shards
+
+    files = decompress_shards(codes, output, load_quantizer(model, dtype, revision))
+    print(f"Wrote {len(files)} files to {output}.")

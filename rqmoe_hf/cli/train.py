@@ -1,0 +1,147 @@
+"""rqmoe train"""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import EMBEDDINGS_HELP, TEXTS_HELP, Column, Output, Split, TextColumn
+
+
+class Member(StrEnum):
+    """Members of the family."""
+
+    rqmoe = "rqmoe"
+    additive = "additive"
+    official = "official"
+    qinco = "qinco"
+
+
+def _apply_recipe(context: typer.Context, file: Path | None) -> Path | None:
+    """Takes the options that the command line leaves open from a YAML file of option names and values."""
+    if file is None:
+        return None
+    import yaml
+
+    options = yaml.safe_load(file.read_text("utf-8"))
+    known = {parameter.name for parameter in context.command.params}
+    if not isinstance(options, dict) or not set(options) <= known:
+        unknown = sorted(set(options) - known) if isinstance(options, dict) else options
+        raise ValueError(f"{file} must hold options of `rqmoe train` and their values; it has {unknown}.")
+    context.default_map = options
+    return file
+
+
+def train(
+    output: Output,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(callback=_apply_recipe, is_eager=True, help="YAML file with values for these options."),
+    ] = None,
+    embeddings: Annotated[str | None, typer.Option(help=EMBEDDINGS_HELP)] = None,
+    texts: Annotated[str | None, typer.Option(help=TEXTS_HELP + " Needs --encoder.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="Encoder of the texts; recorded in the config.")] = None,
+    column: Column = "embeddings",
+    text_column: TextColumn = "text",
+    split: Split = "train",
+    evaluation: Annotated[str | None, typer.Option(help="Held-out embeddings. Default: taken from the rest.")] = None,
+    evaluation_size: Annotated[int, typer.Option(help="Held-out embeddings to use.")] = 5_000,
+    start_from: Annotated[str | None, typer.Option("--from", help="Fine-tune this quantizer.")] = None,
+    member: Annotated[Member, typer.Option(help="Kind of quantizer.")] = Member.rqmoe,
+    num_codebooks: Annotated[int, typer.Option(help="Codes per vector.")] = 8,
+    codebook_size: Annotated[int, typer.Option(help="Codewords per codebook; 256 makes a byte per code.")] = 256,
+    num_experts: Annotated[int, typer.Option(help="Experts per step.")] = 2,
+    num_expert_layers: Annotated[int, typer.Option(help="Layers per expert.")] = 1,
+    intermediate_size: Annotated[int, typer.Option(help="Width of the experts.")] = 256,
+    instruction_size: Annotated[int | None, typer.Option(help="Width of the instructions.")] = None,
+    loss: Annotated[str, typer.Option(help="normalized_residual, per_step or last_step.")] = "normalized_residual",
+    dropout: Annotated[float, typer.Option(help="Dropout in the experts.")] = 0.0,
+    num_candidates: Annotated[int, typer.Option(help="Candidates of the encoder, also in training.")] = 8,
+    beam_size: Annotated[int, typer.Option(help="Beam of the encoder, also in training.")] = 4,
+    init: Annotated[str, typer.Option(help="rq, or lsq (better start, small codebooks only).")] = "rq",
+    init_sample_size: Annotated[int, typer.Option(help="Vectors that the start is computed from.")] = 65_536,
+    init_beam_size: Annotated[int, typer.Option(help="Beam of the rq start.")] = 5,
+    epochs: Annotated[float, typer.Option(help="Passes over the embeddings.")] = 5.0,
+    batch_size: Annotated[int, typer.Option(help="Vectors per step and process.")] = 1024,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    max_grad_value: Annotated[float | None, typer.Option(help="Clip gradient entries to this.")] = None,
+    patience: Annotated[int | None, typer.Option(help="Stop after so many evaluations without gain.")] = None,
+    evaluations_per_epoch: Annotated[int, typer.Option(help="Evaluations, with a checkpoint each.")] = 1,
+    bf16: Annotated[bool, typer.Option(help="bfloat16 arithmetic where it is safe.")] = False,
+    tensorboard: Annotated[bool, typer.Option(help="Log to TensorBoard (needs the package tensorboard).")] = False,
+    seed: Annotated[int, typer.Option(help="Seed.")] = 0,
+) -> None:
+    """Train a quantizer on embeddings, or on texts and an encoder. A run that was stopped continues.
+
+    On several GPUs: torchrun --nproc-per-node 8 -m rqmoe_hf train ... or accelerate launch -m rqmoe_hf train ...
+    """
+    from ..bundled import load_quantizer
+    from ..data import embed_texts, load_embeddings
+    from ..data.sources import split_dataset
+    from ..training import RQMoETrainingArguments, train_quantizer
+
+    if (embeddings is None) == (texts is None) or (texts is not None and encoder is None):
+        raise ValueError("Give either --embeddings, or --texts and --encoder.")
+    if texts is not None:
+        embed_texts(texts, output / "embeddings", encoder, text_column, split)
+        embeddings, column = str(output / "embeddings"), "embeddings"
+    dataset = load_embeddings(embeddings, column, split)
+    if evaluation is None:
+        dataset, held_out = split_dataset(dataset, evaluation_size, seed)
+    else:
+        held_out = load_embeddings(evaluation, column, split)
+        held_out = held_out.select(range(min(evaluation_size, len(held_out))))
+    if start_from is not None:
+        model = load_quantizer(start_from)
+    else:
+        model = build_config(
+            member,
+            hidden_size=len(held_out[0]["embeddings"]),
+            num_codebooks=num_codebooks,
+            codebook_size=codebook_size,
+            num_experts=num_experts,
+            num_expert_layers=num_expert_layers,
+            intermediate_size=intermediate_size,
+            instruction_size=instruction_size,
+            training_loss=loss,
+            dropout=dropout,
+            num_candidates=num_candidates,
+            beam_size=beam_size,
+            base_model=encoder,
+        )
+    interval = 1.0 / (evaluations_per_epoch * max(1.0, epochs))
+    args = RQMoETrainingArguments(
+        output_dir=str(output),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        max_grad_value=max_grad_value,
+        early_stopping_patience=patience,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=interval,
+        save_steps=interval,
+        bf16=bf16,
+        report_to="tensorboard" if tensorboard else "none",
+        seed=seed,
+    )
+    train_quantizer(model, dataset, held_out, args, init, init_sample_size, init_beam_size)
+    if args.process_index == 0:
+        print(f"The quantizer is in {output}; try `rqmoe evaluate {embeddings} --model {output} --limit 10000`.")
+
+
+def build_config(member: Member, **settings):
+    """The configuration of a member; settings that its definition fixes are dropped."""
+    from ..configuration_rqmoe import RQMoEConfig
+
+    if member == Member.additive:
+        del settings["num_experts"]
+        return RQMoEConfig.additive(**settings)
+    if member == Member.official:
+        return RQMoEConfig.official(**settings)
+    if member == Member.qinco:
+        for fixed in ("num_experts", "instruction_size"):
+            del settings[fixed]
+        return RQMoEConfig.qinco(**settings)
+    return RQMoEConfig(**settings)

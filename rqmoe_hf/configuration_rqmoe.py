@@ -1,0 +1,113 @@
+"""Configuration of RQ-MoE quantizers."""
+
+# No `from __future__ import annotations` here: it would turn the annotations into strings, which @strict cannot check.
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+@strict
+class RQMoEConfig(PreTrainedConfig):
+    """Describes one member of the residual quantization family (RQ-MoE, arXiv 2605.14359).
+
+    The members are told apart by `num_experts`, `residual`, `gate` and `conditioning`; the class methods [`additive`],
+    [`official`] and [`qinco`] fill them in. The defaults are RQ-MoE as in the paper.
+
+    Args:
+        hidden_size: Dimension of the embeddings (the paper's d).
+        num_codebooks: Quantization steps, hence codes per vector (M).
+        codebook_size: Codewords per codebook, 2 to 65,536 (K).
+        num_experts: Experts per step (N). 0 makes an additive quantizer: plain codebooks, nothing else.
+        num_expert_layers: Residual bottleneck layers in each expert (L).
+        intermediate_size: Width of the bottleneck (H).
+        instruction_size: Width of the instruction stream (D_e). `None` means `hidden_size`, which suffices by the
+            paper's Theorem 4.2; smaller is cheaper.
+        conditioning: What deforms the codebooks of a step: the sum of the `"instruction"` vectors of the codes so far
+            (RQ-MoE: all steps decode in parallel), or the `"reconstruction"` so far (QINCo: one step after the other).
+        residual: Whether the experts' output is added to the codeword (the paper) or replaces it (the official code).
+        gate: `"linear"` (the paper), `"mlp"` (two layers without bias, the official code) or `"none"` (one expert).
+        dropout: Dropout inside the experts and the MLP gate, active only in the gradient pass of training.
+        training_loss: `"normalized_residual"` is the paper's sum over steps of log(1 + |r_{m+1}|^2 / |r_m|^2);
+            `"per_step"` sums the squared errors of all prefixes; `"last_step"` is the squared error of the whole code.
+        num_candidates: Default number of codewords per beam entry that the encoder evaluates exactly.
+        beam_size: Default number of partial codes that the encoder keeps per vector.
+        base_model: Id of the encoder whose embeddings this quantizer was trained for.
+    """
+
+    model_type = "rqmoe"
+    keys_to_ignore_at_inference = ["step_errors"]
+
+    hidden_size: int = 384
+    num_codebooks: int = 8
+    codebook_size: int = 256
+    num_experts: int = 2
+    num_expert_layers: int = 1
+    intermediate_size: int = 256
+    instruction_size: int | None = None
+    conditioning: Literal["instruction", "reconstruction"] = "instruction"
+    residual: bool = True
+    gate: Literal["linear", "mlp", "none"] = "linear"
+    dropout: float | int = 0.0
+    training_loss: Literal["normalized_residual", "per_step", "last_step"] = "normalized_residual"
+    num_candidates: int = 8
+    beam_size: int = 4
+    base_model: str | None = None
+
+    @classmethod
+    def additive(cls, **kwargs) -> "RQMoEConfig":
+        """Plain codebooks that are summed: RQ, LSQ, PQ or any other additive quantizer."""
+        return cls(**{"num_experts": 0, **kwargs})
+
+    @classmethod
+    def official(cls, **kwargs) -> "RQMoEConfig":
+        """RQ-MoE as in its authors' code: no residual connection, a two-layer gate, instructions of `hidden_size`."""
+        return cls(**{"residual": False, "gate": "mlp", **kwargs})
+
+    @classmethod
+    def qinco(cls, **kwargs) -> "RQMoEConfig":
+        """QINCo (arXiv 2401.14732): one expert, conditioned on the reconstruction so far."""
+        settings = {"num_experts": 1, "gate": "none", "conditioning": "reconstruction", "residual": False}
+        return cls(**{**settings, **kwargs})
+
+    def validate_architecture(self):
+        """Checks the values that a type cannot express."""
+        at_least_one = ("hidden_size", "num_codebooks", "num_expert_layers", "intermediate_size")
+        for name in (*at_least_one, "num_candidates", "beam_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not 2 <= self.codebook_size <= 65536:
+            raise ValueError(f"codebook_size must lie between 2 and 65536, got {self.codebook_size}.")
+        if self.num_experts < 0:
+            raise ValueError(f"num_experts must be 0 (an additive quantizer) or more, got {self.num_experts}.")
+        if self.gate == "none" and self.num_experts > 1:
+            raise ValueError(f"gate='none' needs num_experts=1, got {self.num_experts}: set gate='linear'.")
+        if self.instruction_size is not None and self.instruction_size < 1:
+            raise ValueError(f"instruction_size must be at least 1, got {self.instruction_size}.")
+        if self.conditioning == "reconstruction" and self.instruction_size not in (None, self.hidden_size):
+            raise ValueError(
+                f"conditioning='reconstruction' works in hidden_size={self.hidden_size} dimensions, "
+                f"got instruction_size={self.instruction_size}: leave it out."
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}.")
+
+    @property
+    def condition_size(self) -> int:
+        """Width of the vector that deforms the codebooks: the instruction's, or the embedding's."""
+        return self.hidden_size if self.instruction_size is None else self.instruction_size
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether any step has a mixture of experts; the first step is always a plain codebook."""
+        return self.num_experts > 0 and self.num_codebooks > 1
+
+    @property
+    def bits_per_code(self) -> int:
+        """Bits that one code takes when packed: log2(codebook_size), rounded up to a whole bit."""
+        return (self.codebook_size - 1).bit_length()
+
+    @property
+    def bytes_per_vector(self) -> int:
+        """Bytes that one packed vector takes."""
+        return -(-self.num_codebooks * self.bits_per_code // 8)

@@ -1,0 +1,94 @@
+"""Faiss quantizers as additive members of the family."""
+
+from pathlib import Path
+
+import faiss
+import numpy as np
+import torch
+
+from ..configuration_rqmoe import RQMoEConfig
+from ..modeling_rqmoe import RQMoEModel
+from .state import fill
+
+
+def convert_faiss(source: "str | Path | faiss.Index") -> RQMoEModel:
+    """Converts RQ, LSQ, PQ, or OPQ or another rotation followed by PQ.
+
+    PQ's codebooks become whole vectors that are zero outside their block; a rotation is applied to the codewords. The
+    packed codes of the result are those of the Faiss quantizer, byte for byte.
+
+    Args:
+        source: File of `faiss.write_index` or `faiss.write_ProductQuantizer`, or an index in memory.
+
+    Returns:
+        The model. Encoding RQ greedily and PQ exactly gives Faiss's own codes. LSQ's codes come from another search
+        (beam instead of local search), over the same codebooks.
+
+    Raises:
+        ValueError: If the file is damaged or the quantizer is of another kind or untrained.
+    """
+    index = source if isinstance(source, (faiss.Index, faiss.ProductQuantizer)) else _read(Path(source))
+    rotation, mean = None, None
+    if isinstance(index, faiss.IndexPreTransform):
+        rotation, mean = _rotation(index)
+        index = faiss.downcast_index(index.index)
+    if isinstance(index, faiss.Index) and not index.is_trained:
+        raise ValueError("The Faiss index is not trained: it has no codebooks yet.")
+    if isinstance(index, (faiss.IndexResidualQuantizer, faiss.IndexLocalSearchQuantizer)):
+        codebooks = _additive_codebooks(index.rq if isinstance(index, faiss.IndexResidualQuantizer) else index.lsq)
+    elif isinstance(index, (faiss.IndexPQ, faiss.ProductQuantizer)):
+        codebooks = _product_codebooks(index.pq if isinstance(index, faiss.IndexPQ) else index)
+    else:
+        raise ValueError(
+            f"Cannot convert {type(index).__name__}: expected IndexResidualQuantizer, IndexLocalSearchQuantizer, "
+            "IndexPQ, or IndexPreTransform (such as OPQ) before one of them."
+        )
+    if rotation is not None:
+        codebooks = codebooks @ rotation
+    config = RQMoEConfig.additive(
+        hidden_size=codebooks.shape[2], num_codebooks=len(codebooks), codebook_size=codebooks.shape[1], beam_size=1
+    )
+    tensors = {"codebooks": torch.from_numpy(np.ascontiguousarray(codebooks, np.float32))}
+    return fill(config, tensors, mean, 1.0)
+
+
+def _read(path: Path) -> "faiss.Index | faiss.ProductQuantizer":
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}.")
+    errors = []
+    for reader in (faiss.read_index, faiss.read_ProductQuantizer):
+        try:
+            return reader(str(path))
+        except RuntimeError as error:
+            errors.append(str(error).splitlines()[0])
+    raise ValueError(f"{path} is no Faiss index and no ProductQuantizer, or is damaged: {errors[0]}")
+
+
+def _rotation(index: faiss.IndexPreTransform) -> tuple[np.ndarray, torch.Tensor | None]:
+    """The orthonormal matrix A of x -> A x + b, and the mean that b stands for."""
+    if index.chain.size() != 1:
+        raise ValueError(f"Cannot convert a chain of {index.chain.size()} transforms: expected one rotation.")
+    transform = faiss.downcast_VectorTransform(index.chain.at(0))
+    if not isinstance(transform, faiss.LinearTransform):
+        raise ValueError(f"Cannot convert the transform {type(transform).__name__}: expected a rotation such as OPQ.")
+    matrix = faiss.vector_to_array(transform.A).reshape(transform.d_out, transform.d_in)
+    if transform.d_out != transform.d_in or not np.allclose(matrix @ matrix.T, np.eye(len(matrix)), atol=1e-3):
+        raise ValueError("Cannot convert a transform that is no rotation: it changes the dimension or distances.")
+    if not transform.have_bias:
+        return matrix, None
+    return matrix, torch.from_numpy(-faiss.vector_to_array(transform.b) @ matrix)
+
+
+def _additive_codebooks(quantizer: faiss.AdditiveQuantizer) -> np.ndarray:
+    bits = {quantizer.nbits.at(step) for step in range(quantizer.M)}
+    if len(bits) > 1:
+        raise ValueError(f"Cannot convert codebooks of different sizes ({sorted(bits)} bits): they must be equal.")
+    return faiss.vector_to_array(quantizer.codebooks).reshape(quantizer.M, 1 << bits.pop(), quantizer.d).copy()
+
+
+def _product_codebooks(quantizer: faiss.ProductQuantizer) -> np.ndarray:
+    centroids = faiss.vector_to_array(quantizer.centroids).reshape(quantizer.M, quantizer.ksub, quantizer.dsub)
+    codebooks = np.zeros((quantizer.M, quantizer.ksub, quantizer.d), np.float32)
+    for block in range(quantizer.M):
+        codebooks[block, :, block * quantizer.dsub : (block + 1) * quantizer.dsub] = centroids[block]
+    return codebooks

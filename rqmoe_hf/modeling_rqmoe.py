@@ -1,0 +1,404 @@
+"""RQ-MoE: residual quantization with codebooks that a mixture of experts deforms (arXiv 2605.14359).
+
+The paper's letters, used in shape comments only: d hidden_size, M num_codebooks, K codebook_size, N num_experts,
+H intermediate_size, c condition_size (the paper's D_e), n vectors, S steps with experts (M - 1).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from .codes import check_codes, pack_codes, unpack_codes
+from .configuration_rqmoe import RQMoEConfig
+from .encoding_rqmoe import Tables, build_tables, decode_codes, encode_vectors
+
+PROGRESS_BAR_FROM = 100_000  # vectors; below this, compress and decompress are silent unless asked
+
+
+@dataclass
+class RQMoEOutput(ModelOutput):
+    """What training sees.
+
+    Args:
+        loss: Scalar, present if `return_loss`.
+        reconstruction: `(batch, hidden_size)`, in the units of the embeddings.
+        codes: `(batch, num_codebooks)`, int64.
+        step_errors: `(num_codebooks,)`: squared error, summed over dimensions and averaged over the batch, that is
+            left after each step, in the units of the embeddings.
+    """
+
+    loss: torch.Tensor | None = None
+    reconstruction: torch.Tensor | None = None
+    codes: torch.Tensor | None = None
+    step_errors: torch.Tensor | None = None
+
+
+@dataclass
+class RQMoEEncoderOutput(ModelOutput):
+    """Codes, int64 `(batch, num_codebooks)`, and the reconstruction `(batch, hidden_size)` that they stand for."""
+
+    codes: torch.Tensor | None = None
+    reconstruction: torch.Tensor | None = None
+
+
+@dataclass
+class RQMoEDecoderOutput(ModelOutput):
+    """The reconstruction, `(batch, hidden_size)`."""
+
+    reconstruction: torch.Tensor | None = None
+
+
+class RQMoEExperts(nn.Module):
+    """The mixtures of all steps after the first, stacked, so that they can be evaluated in parallel."""
+
+    def __init__(self, config: RQMoEConfig):
+        super().__init__()
+        steps, layers, experts = config.num_codebooks - 1, config.num_expert_layers, config.num_experts
+        size, width = config.hidden_size, config.intermediate_size
+        self.residual = config.residual
+        self.dropout = config.dropout
+        self.codeword_proj = nn.Parameter(torch.empty(steps, size, size))
+        self.condition_proj = nn.Parameter(torch.empty(steps, size, config.condition_size))
+        self.bias = nn.Parameter(torch.empty(steps, size))
+        self.gate_up_proj = nn.Parameter(torch.empty(steps, width, size)) if config.gate == "mlp" else None
+        gate_input = width if config.gate == "mlp" else size
+        self.gate_proj = nn.Parameter(torch.empty(steps, experts, gate_input)) if config.gate != "none" else None
+        self.gate_bias = nn.Parameter(torch.empty(steps, experts)) if config.gate == "linear" else None
+        self.up_proj = nn.Parameter(torch.empty(steps, layers, experts, width, size))
+        self.down_proj = nn.Parameter(torch.empty(steps, layers, experts, size, width))
+        self.output_scale = nn.Parameter(torch.empty(steps, size))
+
+    def gate(self, hidden: torch.Tensor, steps: slice = slice(None)) -> torch.Tensor:
+        """Weights of the experts, `(S, n, N)`, from the conditioned codewords `(S, n, d)`."""
+        if self.gate_proj is None:
+            return hidden.new_ones(*hidden.shape[:2], 1)
+        if self.gate_up_proj is not None:
+            hidden = F.dropout(F.relu(hidden @ self.gate_up_proj[steps].mT), self.dropout, self.training)
+        logits = hidden @ self.gate_proj[steps].mT
+        if self.gate_bias is not None:
+            logits = logits + self.gate_bias[steps, None]
+        return logits.softmax(dim=-1)
+
+    def forward(
+        self, codewords: torch.Tensor, condition: torch.Tensor, steps: slice = slice(None)
+    ) -> torch.Tensor:
+        """Deforms the codewords `(S, n, d)` of some steps by the conditions `(S, n, c)`; returns `(S, n, d)`."""
+        hidden = codewords @ self.codeword_proj[steps].mT + condition @ self.condition_proj[steps].mT
+        hidden = hidden + self.bias[steps, None]
+        weights = self.gate(hidden, steps).mT[..., None]  # (S, N, n, 1)
+        hidden = hidden[:, None]  # (S, 1, n, d), from the first layer on (S, N, n, d)
+        for up, down in zip(self.up_proj[steps].unbind(1), self.down_proj[steps].unbind(1), strict=True):
+            inner = F.dropout(F.relu(hidden @ up.mT), self.dropout, self.training)  # (S, N, n, H)
+            hidden = hidden + inner @ down.mT
+        mixture = self.output_scale[steps, None] * (weights * hidden).sum(dim=1)
+        return codewords + mixture if self.residual else mixture
+
+
+class RQMoEPreTrainedModel(PreTrainedModel):
+    """Loading, saving and weight initialisation."""
+
+    config: RQMoEConfig
+    base_model_prefix = "quantizer"
+    main_input_name = "embeddings"
+    model_tags = ["rqmoe", "embedding-compression", "vector-quantization"]
+    _no_split_modules = ["RQMoEExperts"]
+    # Codewords and statistics are what distances are formed from; the experts' weights follow the requested dtype.
+    _keep_in_fp32_modules_strict = ["mean", "scale", "codebooks"]
+    accepts_loss_kwargs = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, RQMoEModel):
+            init.zeros_(module.mean)
+            init.zeros_(module.scale)
+            init.normal_(module.codebooks)
+            if module.instructions is not None:
+                init.normal_(module.instructions)
+        if isinstance(module, RQMoEExperts):
+            self._init_experts(module)
+
+    def _init_experts(self, experts: RQMoEExperts) -> None:
+        """Starts the deformation at zero, so that training begins exactly at the additive codebooks.
+
+        With the residual connection the output scale is zero (ReZero). Without it the conditioned codeword is the
+        codeword itself and the experts' last layers are zero. Never both factors of a product: that has no gradient.
+        """
+        for name, weight in experts.named_parameters(recurse=False):
+            if weight.ndim > 2:
+                init.normal_(weight, std=weight.shape[-1] ** -0.5)
+            else:
+                init.zeros_(weight)
+        if not experts.residual:
+            identity = torch.eye(self.config.hidden_size, device=experts.codeword_proj.device)
+            init.copy_(experts.codeword_proj, identity.expand_as(experts.codeword_proj))
+            init.zeros_(experts.condition_proj)
+            init.zeros_(experts.down_proj)
+            init.ones_(experts.output_scale)
+
+
+class RQMoEModel(RQMoEPreTrainedModel):
+    """A quantizer for embeddings: any member of the family that [`RQMoEConfig`] describes.
+
+    A new model knows nothing about data; `rqmoe_hf.training.initialize` or `rqmoe train` give it its mean, its scale
+    and its codebooks, and until then it refuses to work.
+    """
+
+    def __init__(self, config: RQMoEConfig):
+        super().__init__(config)
+        steps, size = config.num_codebooks, config.hidden_size
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("scale", torch.zeros(()))
+        self.codebooks = nn.Parameter(torch.empty(steps, config.codebook_size, size))
+        self.experts = RQMoEExperts(config) if config.has_experts else None
+        # The last step's instructions would influence nothing: they are not allocated.
+        uses_instructions = config.has_experts and config.conditioning == "instruction"
+        shape = (steps - 1, config.codebook_size, config.condition_size)
+        self.instructions = nn.Parameter(torch.empty(shape)) if uses_instructions else None
+        self._tables: dict[torch.dtype, tuple[tuple, Tables]] = {}
+        self.post_init()
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether the model has been given the statistics and codebooks of some data."""
+        return bool(self.scale > 0)
+
+    # --- tensors -------------------------------------------------------------------------------------------------
+
+    @can_return_tuple
+    @torch.no_grad()
+    def encode(
+        self,
+        embeddings: torch.Tensor,
+        num_candidates: int | None = None,
+        beam_size: int | None = None,
+        exact: bool = False,
+        num_codebooks: int | None = None,
+    ) -> RQMoEEncoderOutput:
+        """Finds the codes of embeddings.
+
+        Args:
+            embeddings: Floating point `(n, hidden_size)`, in the units of the training embeddings.
+            num_candidates: Codewords evaluated exactly per beam entry and step; default from the config.
+            beam_size: Partial codes kept per vector; default from the config.
+            exact: Evaluate all codewords (`num_candidates` = `codebook_size`).
+            num_codebooks: Stop after this many steps.
+
+        Returns:
+            The codes, int64 `(n, num_codebooks)`, and their reconstruction, float32 `(n, hidden_size)`. In float32 a
+            vector gets the same codes in any batch; in bfloat16 up to ties.
+
+        Raises:
+            ValueError: If the model is not initialised, or the embeddings are no finite floats of the right shape.
+        """
+        self._require_initialized("encode")
+        self._check_embeddings(embeddings)
+        settings = self._search_settings(num_candidates, beam_size, exact, num_codebooks)
+        target = self._standardize(embeddings)
+        codes, reconstruction = encode_vectors(target, self._tables_for, self._compute_dtype(), **settings)
+        return RQMoEEncoderOutput(codes=codes, reconstruction=self._unstandardize(reconstruction))
+
+    @can_return_tuple
+    @torch.no_grad()
+    def decode(self, codes: torch.Tensor) -> RQMoEDecoderOutput:
+        """Decodes codes, int `(n, m)` with m up to num_codebooks: a prefix of the codes gives a coarser vector.
+
+        Raises:
+            ValueError: If the model is not initialised, or the codes have a wrong shape, type or range.
+        """
+        self._require_initialized("decode")
+        check_codes(codes, self.config.num_codebooks, self.config.codebook_size)
+        tables = self._tables_for(self._compute_dtype())
+        return RQMoEDecoderOutput(self._unstandardize(decode_codes(codes.to(self.codebooks.device), tables)))
+
+    @can_return_tuple
+    def forward(self, embeddings: torch.Tensor, return_loss: bool = True) -> RQMoEOutput:
+        """Quantizes embeddings `(n, hidden_size)` and measures the loss of the config's `training_loss`.
+
+        The codes are found first, without gradient and without dropout; the gradient then flows through the
+        reconstruction of these codes into codebooks, instructions and experts.
+        """
+        self._require_initialized("train")
+        self._check_embeddings(embeddings)
+        target = self._standardize(embeddings)
+        settings = self._search_settings(None, None, False, None)
+        # Ties may fall either way in training: no need to settle them in double precision.
+        codes, _ = encode_vectors(target, self._tables_for, self._compute_dtype(), settle_ties=False, **settings)
+        partial_sums = self.contributions(codes).float().cumsum(dim=1)  # (n, M, d)
+        errors = (target[:, None] - partial_sums).square().sum(dim=-1)  # (n, M)
+        return RQMoEOutput(
+            loss=self._loss(target, errors) if return_loss else None,
+            reconstruction=self._unstandardize(partial_sums[:, -1]),
+            codes=codes,
+            step_errors=errors.detach().mean(dim=0) * self.scale.float().square(),
+        )
+
+    def contributions(self, codes: torch.Tensor) -> torch.Tensor:
+        """What each code adds to the reconstruction, in standardised units and with gradient: `(n, m, d)`."""
+        steps = codes.shape[1]
+        codewords = _look_up(self.codebooks[:steps], codes)  # (m, n, d)
+        if self.experts is None or steps == 1:
+            return codewords.transpose(0, 1)
+        if self.instructions is not None:
+            instructions = _look_up(self.instructions[: steps - 1], codes[:, :-1]).cumsum(dim=0)
+            deformed = self.experts(codewords[1:], instructions, slice(steps - 1))
+            return torch.cat([codewords[:1].to(deformed.dtype), deformed]).transpose(0, 1)
+        outputs = [codewords[0]]
+        for step in range(steps - 1):
+            reconstruction = torch.stack(outputs).sum(dim=0)
+            deformed = self.experts(codewords[step + 1][None], reconstruction[None], slice(step, step + 1))
+            outputs.append(deformed[0])
+        return torch.stack(outputs, dim=1)
+
+    def _loss(self, target: torch.Tensor, errors: torch.Tensor) -> torch.Tensor:
+        """The training loss from the squared errors after each step, `(n, M)`, in standardised units."""
+        if self.config.training_loss == "normalized_residual":  # paper, section on the normalised residual loss
+            before = torch.cat([target.square().sum(-1, keepdim=True), errors[:, :-1]], dim=1).detach()
+            return torch.log1p(errors / (before + 1e-6)).sum(dim=1).mean()
+        if self.config.training_loss == "per_step":
+            return errors.sum(dim=1).mean() / self.config.hidden_size
+        return errors[:, -1].mean() / self.config.hidden_size
+
+    # --- numpy ---------------------------------------------------------------------------------------------------
+
+    def compress(
+        self,
+        embeddings: np.ndarray,
+        num_codebooks: int | None = None,
+        num_candidates: int | None = None,
+        beam_size: int | None = None,
+        exact: bool = False,
+        batch_size: int = 16384,
+        show_progress_bar: bool | None = None,
+    ) -> np.ndarray:
+        """Compresses embeddings to packed codes.
+
+        Args:
+            embeddings: Floating point `(n, hidden_size)`; a memory map is read batch by batch.
+            num_codebooks: Keep only this many codes, hence fewer bytes.
+            num_candidates: See [`encode`].
+            beam_size: See [`encode`].
+            exact: See [`encode`].
+            batch_size: Vectors per call of [`encode`]. It has no influence on the codes.
+            show_progress_bar: `None` shows it for 100,000 vectors and more.
+
+        Returns:
+            uint8 `(n, bytes_per_vector)`: the codes as little-endian bit strings, Faiss's layout.
+        """
+        embeddings = np.asarray(embeddings) if not isinstance(embeddings, np.ndarray) else embeddings
+        self._check_embeddings(embeddings, check_values=False)
+        steps = self._search_settings(num_candidates, beam_size, exact, num_codebooks)["num_codebooks"]
+        size = -(-steps * self.config.bits_per_code // 8)
+        packed = np.empty((len(embeddings), size), dtype=np.uint8)
+        for start, stop in _batches(len(embeddings), batch_size, "compress", show_progress_bar):
+            batch = torch.from_numpy(np.ascontiguousarray(embeddings[start:stop], dtype=np.float32))
+            codes = self.encode(batch.to(self.codebooks.device), num_candidates, beam_size, exact, steps).codes
+            packed[start:stop] = pack_codes(codes.cpu().numpy(), self.config.codebook_size)
+        return packed
+
+    def decompress(
+        self, codes: np.ndarray, batch_size: int = 16384, show_progress_bar: bool | None = None
+    ) -> np.ndarray:
+        """Restores embeddings, float32 `(n, hidden_size)`, from packed codes, uint8 `(n, bytes)`.
+
+        The codes may be those of a prefix (`compress(..., num_codebooks=...)`, [`truncate_codes`]): their number
+        follows from the bytes.
+        """
+        size = codes.shape[1] if isinstance(codes, np.ndarray) and codes.ndim == 2 else 0
+        steps = min(8 * size // self.config.bits_per_code, self.config.num_codebooks)
+        expected = -(-steps * self.config.bits_per_code // 8)
+        if steps < 1 or size != expected or codes.dtype != np.uint8 or not len(codes):
+            raise ValueError(
+                f"decompress expects packed codes, uint8 (n, {self.config.bytes_per_vector}) or those of a prefix, "
+                f"got {getattr(codes, 'dtype', type(codes).__name__)} {getattr(codes, 'shape', '')}. "
+                "Pack integer codes with rqmoe_hf.pack_codes first, or give them to decode()."
+            )
+        restored = np.empty((len(codes), self.config.hidden_size), dtype=np.float32)
+        for start, stop in _batches(len(codes), batch_size, "decompress", show_progress_bar):
+            batch = unpack_codes(codes[start:stop], steps, self.config.codebook_size)
+            restored[start:stop] = self.decode(torch.from_numpy(batch)).reconstruction.cpu().numpy()
+        return restored
+
+    # --- helpers -------------------------------------------------------------------------------------------------
+
+    def _standardize(self, embeddings: torch.Tensor) -> torch.Tensor:
+        embeddings = embeddings.to(self.codebooks.device, torch.float32)
+        return (embeddings - self.mean.float()) / self.scale.float()
+
+    def _unstandardize(self, standardized: torch.Tensor) -> torch.Tensor:
+        return standardized.float() * self.scale.float() + self.mean.float()
+
+    def _compute_dtype(self) -> torch.dtype:
+        """bfloat16 if the experts' weights have it or autocast asks for it, float32 otherwise."""
+        device = self.codebooks.device.type
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return self.codebooks.dtype if self.experts is None else self.experts.up_proj.dtype
+
+    def _tables_for(self, dtype: torch.dtype) -> Tables:
+        """The encoder's tables, rebuilt whenever a weight has changed since the last call."""
+        key = tuple((weight.data_ptr(), weight._version) for weight in self.parameters())
+        if dtype not in self._tables or self._tables[dtype][0] != key:
+            self._tables[dtype] = (key, build_tables(self.codebooks, self.instructions, self.experts, dtype))
+        return self._tables[dtype][1]
+
+    def _search_settings(
+        self, num_candidates: int | None, beam_size: int | None, exact: bool, num_codebooks: int | None
+    ) -> dict[str, int]:
+        config = self.config
+        steps = config.num_codebooks if num_codebooks is None else num_codebooks
+        candidates = config.num_candidates if num_candidates is None else num_candidates
+        beam = config.beam_size if beam_size is None else beam_size
+        if not 1 <= steps <= config.num_codebooks:
+            raise ValueError(f"num_codebooks must lie between 1 and {config.num_codebooks}, got {num_codebooks}.")
+        if candidates < 1 or beam < 1:
+            raise ValueError(f"num_candidates and beam_size must be at least 1, got {candidates} and {beam}.")
+        candidates = config.codebook_size if exact else min(candidates, config.codebook_size)
+        return {"num_candidates": candidates, "beam_size": beam, "num_codebooks": steps}
+
+    def _require_initialized(self, verb: str) -> None:
+        if not self.is_initialized:
+            raise ValueError(
+                f"This RQMoEModel was never initialised on data, so it cannot {verb}. Run `rqmoe train`, or call "
+                "rqmoe_hf.training.initialize(model, embeddings) with a sample of your embeddings, or load trained "
+                "weights with RQMoEModel.from_pretrained(...)."
+            )
+
+    def _check_embeddings(self, embeddings: torch.Tensor | np.ndarray, check_values: bool = True) -> None:
+        size = self.config.hidden_size
+        if embeddings.ndim != 2 or embeddings.shape[1] != size or not len(embeddings):
+            hint = " Reshape a single vector to (1, hidden_size)." if embeddings.ndim == 1 else ""
+            raise ValueError(f"Expected embeddings of shape (n, {size}), n >= 1, got {tuple(embeddings.shape)}.{hint}")
+        tensor = isinstance(embeddings, torch.Tensor)
+        if not (embeddings.is_floating_point() if tensor else np.issubdtype(embeddings.dtype, np.floating)):
+            raise ValueError(
+                f"Expected floating point embeddings, got {embeddings.dtype}. Convert them to float32, in the units "
+                "of the training embeddings; int8-quantized embeddings must be rescaled first."
+            )
+        if check_values and not torch.isfinite(embeddings).all():
+            row = int((~torch.isfinite(embeddings)).any(dim=1).nonzero()[0])
+            raise ValueError(f"Embeddings must be finite, but row {row} of the batch holds NaN or infinity: drop it.")
+
+
+def _look_up(tables: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """Rows of stacked tables: `(m, K, w)` and `(n, m)` to `(m, n, w)`."""
+    offsets = torch.arange(tables.shape[0], device=codes.device) * tables.shape[1]
+    return F.embedding((codes + offsets).T, tables.flatten(0, 1))
+
+
+def _batches(total: int, batch_size: int, verb: str, show: bool | None) -> list[tuple[int, int]]:
+    """Start and stop of each batch, behind a progress bar on long work."""
+    from tqdm.auto import tqdm
+
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    ranges = [(start, min(start + batch_size, total)) for start in range(0, total, batch_size)]
+    hide = total < PROGRESS_BAR_FROM if show is None else not show
+    return tqdm(ranges, desc=verb, unit="batch", disable=hide)

@@ -1,0 +1,76 @@
+"""One training run from configuration to finished checkpoint, resumable; the same for one process and for many."""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from datasets import Dataset, IterableDataset
+from transformers import TrainingArguments
+
+from ..configuration_rqmoe import RQMoEConfig
+from ..data.sources import sample_array
+from ..modeling_rqmoe import RQMoEModel
+from ..saving import save_whole
+from .initialization import initialize
+from .trainer import RQMoETrainer, RQMoETrainingArguments, last_complete_checkpoint
+
+STATISTICS_ROWS = 200_000  # mean and scale of a larger set are those of a sample
+
+
+def train_quantizer(
+    model: RQMoEConfig | RQMoEModel,
+    train_dataset: Dataset | IterableDataset,
+    eval_dataset: Dataset,
+    args: RQMoETrainingArguments,
+    init_method: str = "rq",
+    init_sample_size: int = 65_536,
+    init_beam_size: int = 5,
+) -> RQMoEModel:
+    """Initialises and trains a quantizer, and saves it to `args.output_dir`.
+
+    A run that was interrupted continues from its last checkpoint in `output_dir/checkpoints` when it is started
+    again with the same arguments.
+
+    Args:
+        model: Configuration of a new quantizer, or an initialised one to fine-tune.
+        train_dataset: Data set with an `embeddings` column; see [`load_embeddings`].
+        eval_dataset: Held-out embeddings, never trained on.
+        args: Training arguments.
+        init_method: See [`initialize`].
+        init_sample_size: See [`initialize`].
+        init_beam_size: See [`initialize`].
+
+    Returns:
+        The model with the lowest validation error (if `args.load_best_model_at_end`), on the training device.
+    """
+    output = Path(args.output_dir)
+    args.output_dir = str(output / "checkpoints")
+    checkpoint = last_complete_checkpoint(Path(args.output_dir))
+    if isinstance(model, RQMoEConfig):
+        model = RQMoEModel(model)
+    if checkpoint is None and not model.is_initialized and args.process_index == 0:
+        sample = sample_array(train_dataset, max(STATISTICS_ROWS, init_sample_size), args.seed)
+        initialize(model, sample, init_method, init_sample_size, init_beam_size, args.seed)
+    if checkpoint is not None:
+        model = RQMoEModel.from_pretrained(checkpoint, dtype=torch.float32)
+    share_weights(model, args)
+    trainer = RQMoETrainer(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.eval()
+    if trainer.is_world_process_zero():
+        log = json.dumps(trainer.state.log_history, indent=1) + "\n"
+        save_whole(model, output, {"training_log.json": log})
+    trainer.accelerator.wait_for_everyone()
+    return model
+
+
+def share_weights(model: RQMoEModel, args: TrainingArguments) -> None:
+    """Gives all ranks the weights of rank 0, which alone has initialised them."""
+    if args.world_size == 1:
+        return
+    for tensor in (*model.parameters(), *model.buffers()):
+        shared = tensor.data.to(args.device)
+        dist.broadcast(shared, 0)
+        tensor.data.copy_(shared)
