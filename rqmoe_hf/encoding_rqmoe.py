@@ -27,8 +27,8 @@ class Tables:
 
     first: torch.Tensor  # (K, d) float32, the plain codebook of the first step
     base: torch.Tensor  # (S, K, d) float32, the part of a deformed codeword that is linear in the codeword
-    proxy: torch.Tensor  # (S, K, d) float32, codewords deformed by the mean condition, less the condition's own share
-    proxy_norms: torch.Tensor  # (S, K) float32, their squared norms
+    proxy: torch.Tensor  # (S, d, K) float32: -2 times the proxy codewords (see `_fill_proxy`), ready for distances
+    proxy_norms: torch.Tensor  # (S, K) float32, the squared norms of the proxy codewords
     instructions: torch.Tensor | None  # (S, K, c); None if the condition is the reconstruction
     features: torch.Tensor | None  # (S, K, w), the codeword's share of [first layer | gate | hidden]; None: additive
     condition_proj: torch.Tensor | None  # (S, c, d + w): condition to [offset | its share of the features]
@@ -58,8 +58,7 @@ def build_tables(
         codebooks = codebooks.to(exact)
         if experts is None:
             steps = codebooks[1:]
-            norms = steps.square().sum(-1)
-            return Tables(codebooks[0], steps, steps, norms, *[None] * 8)
+            return Tables(codebooks[0], steps, -2 * steps.mT.contiguous(), steps.square().sum(-1), *[None] * 8)
         weights = {name: weight.to(exact) for name, weight in experts.named_parameters(recurse=False)}
         tables = _expert_tables(codebooks, weights, experts.residual, dtype)
         tables.instructions = None if instructions is None else instructions.to(dtype)
@@ -90,7 +89,7 @@ def _expert_tables(
     return Tables(
         first=codebooks[0],
         base=scale * conditioned + codewords if residual else scale * conditioned,
-        proxy=torch.empty_like(codewords),
+        proxy=torch.empty_like(codewords.mT, memory_format=torch.contiguous_format),
         proxy_norms=torch.empty_like(codewords[..., 0]),
         instructions=None,
         features=torch.cat(features, dim=-1).to(dtype),
@@ -106,7 +105,7 @@ def _expert_tables(
 
 
 def _fill_proxy(tables: Tables, condition_size: int) -> None:
-    """Deforms all codewords by the mean condition of their step.
+    """Deforms all codewords by the mean condition of their step, less the condition's own linear share.
 
     The pre-selection moves this table by the linear share of the actual condition: a first-order expansion of the
     deformed codebook around the mean condition, which costs one matrix product for all codewords.
@@ -118,8 +117,9 @@ def _fill_proxy(tables: Tables, condition_size: int) -> None:
             mean = mean + tables.instructions[step].mean(dim=0)
         shared = mean @ tables.condition_proj[step : step + 1]
         for rows in torch.arange(codewords, device=mean.device).split(TABLE_ROWS):
-            tables.proxy[step, rows] = deform(tables, slice(step, step + 1), rows[None], shared)[0].to(tables.proxy)
-    tables.proxy_norms.copy_(tables.proxy.square().sum(-1))
+            proxy = deform(tables, slice(step, step + 1), rows[None], shared)[0]
+            tables.proxy[step, :, rows] = -2 * proxy.T
+            tables.proxy_norms[step, rows] = proxy.square().sum(-1)
 
 
 def deform(tables: Tables, steps: slice, codes: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
@@ -233,7 +233,7 @@ def _beam_search(
     """One chunk: codes `(n, num_codebooks)`, residuals `(n, d)`, and which vectors met a near tie, bool `(n,)`."""
     tolerance = TIE_TOLERANCE * target.square().sum(-1)
     keep = beam_size if num_codebooks > 1 else 1
-    scores = tables.first.square().sum(-1) - 2 * target @ tables.first.T
+    scores = torch.addmm(tables.first.square().sum(-1), target, tables.first.T, alpha=-2)
     best, tied = _smallest(scores, keep, tolerance)
     codes = best[..., None]  # (n, b, steps so far)
     chosen = tables.first[best]
@@ -280,19 +280,20 @@ def _extend(
         it leaves, `(n, keep, d)`; and which vectors met a near tie, `(n,)`.
     """
     vectors, beam, size = residual.shape
-    codewords = tables.proxy.shape[1]
+    codewords = tables.proxy.shape[2]
     shared = None
     if tables.features is not None:
         shared = condition.to(tables.condition_proj.dtype) @ tables.condition_proj[step]  # (n, b, d + w)
         residual = residual - shared[..., :size]
-    scores = tables.proxy_norms[step] - 2 * (residual @ tables.proxy[step].T)  # (n, b, K)
-    scores += residual.square().sum(-1, keepdim=True)
+    scores = torch.addmm(tables.proxy_norms[step], residual.flatten(0, 1), tables.proxy[step]).view(vectors, -1)
+    if beam > 1:  # squared distances of different partial codes are compared: the part without codeword counts too
+        scores.view(vectors, beam, -1).add_(residual.square().sum(-1, keepdim=True))
     count = keep if shared is None else max(keep, num_candidates * beam)
-    candidates, tied = _smallest(scores.flatten(1), count, tolerance)  # (n, a)
+    candidates, tied = _smallest(scores, count, tolerance)  # (n, a)
     parent, code = candidates // codewords, candidates % codewords
     target = _rows(residual, parent)
     if shared is None:
-        return parent, code, target - tables.proxy[step][code], tied
+        return parent, code, target - tables.base[step][code], tied
     deformed = deform(tables, slice(step, step + 1), code.view(1, -1), _rows(shared, parent).flatten(0, 1)[None])
     left = target - deformed.view(vectors, -1, size)  # (n, a, d)
     best, near = _smallest(left.square().sum(-1), keep, tolerance)

@@ -115,7 +115,7 @@ def evaluate(
     reports = []
     for steps in num_codebooks or [config.num_codebooks]:
         codes = truncate_codes(packed, config.num_codebooks, steps, config.codebook_size)
-        restored = model.decompress(codes)
+        restored = model.decompress(codes, steps)
         norms = np.linalg.norm(embeddings, axis=1) * np.linalg.norm(restored, axis=1)
         reports.append(
             QuantizerReport(

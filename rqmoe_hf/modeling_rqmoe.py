@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -113,6 +114,31 @@ class RQMoEPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["mean", "scale", "codebooks"]
     accepts_loss_kwargs = False
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """Loads a checkpoint; see `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: If weights are missing, superfluous, of a wrong shape or cut off. transformers would go on
+                with random ones, and a quantizer with random weights still gives codes.
+        """
+        try:
+            model, loading = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(
+                f"The weights of {pretrained_model_name_or_path} are damaged or of another model: {error}. "
+                "Download or save them again."
+            ) from error
+        wrong = {kind: sorted(map(str, keys)) for kind, keys in loading.items() if keys}
+        if wrong:
+            raise ValueError(
+                f"The weights of {pretrained_model_name_or_path} do not belong to its config.json: "
+                + "; ".join(f"{kind.replace('_', ' ')}: {', '.join(keys[:5])}" for kind, keys in wrong.items())
+            )
+        return (model, loading) if output_loading_info else model
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -164,6 +190,11 @@ class RQMoEModel(RQMoEPreTrainedModel):
         self.instructions = nn.Parameter(torch.empty(shape)) if uses_instructions else None
         self._tables: dict[torch.dtype, tuple[tuple, Tables]] = {}
         self.post_init()
+
+    def train(self, mode: bool = True) -> "RQMoEModel":
+        """Switches between training and evaluation, after either of which the weights may have changed."""
+        self._tables.clear()
+        return super().train(mode)
 
     @property
     def is_initialized(self) -> bool:
@@ -229,6 +260,8 @@ class RQMoEModel(RQMoEPreTrainedModel):
         self._check_embeddings(embeddings)
         target = self._standardize(embeddings)
         settings = self._search_settings(None, None, False, None)
+        # Fused optimizers change weights without raising their version, so a new pass needs new tables.
+        self._tables.clear()
         # Ties may fall either way in training: no need to settle them in double precision.
         codes, _ = encode_vectors(target, self._tables_for, self._compute_dtype(), settle_ties=False, **settings)
         partial_sums = self.contributions(codes).float().cumsum(dim=1)  # (n, M, d)
@@ -304,22 +337,26 @@ class RQMoEModel(RQMoEPreTrainedModel):
         return packed
 
     def decompress(
-        self, codes: np.ndarray, batch_size: int = 16384, show_progress_bar: bool | None = None
+        self,
+        codes: np.ndarray,
+        num_codebooks: int | None = None,
+        batch_size: int = 16384,
+        show_progress_bar: bool | None = None,
     ) -> np.ndarray:
-        """Restores embeddings, float32 `(n, hidden_size)`, from packed codes, uint8 `(n, bytes)`.
+        """Restores embeddings from packed codes.
 
-        The codes may be those of a prefix (`compress(..., num_codebooks=...)`, [`truncate_codes`]): their number
-        follows from the bytes.
+        Args:
+            codes: uint8 `(n, bytes)`, whole codes or those of a prefix (`compress(..., num_codebooks=...)`,
+                [`truncate_codes`]).
+            num_codebooks: Codes per vector. `None` infers it from the bytes, which is ambiguous only for prefixes of
+                codes that are shorter than a byte.
+            batch_size: Vectors per call of [`decode`].
+            show_progress_bar: `None` shows it for 100,000 vectors and more.
+
+        Returns:
+            float32 `(n, hidden_size)`.
         """
-        size = codes.shape[1] if isinstance(codes, np.ndarray) and codes.ndim == 2 else 0
-        steps = min(8 * size // self.config.bits_per_code, self.config.num_codebooks)
-        expected = -(-steps * self.config.bits_per_code // 8)
-        if steps < 1 or size != expected or codes.dtype != np.uint8 or not len(codes):
-            raise ValueError(
-                f"decompress expects packed codes, uint8 (n, {self.config.bytes_per_vector}) or those of a prefix, "
-                f"got {getattr(codes, 'dtype', type(codes).__name__)} {getattr(codes, 'shape', '')}. "
-                "Pack integer codes with rqmoe_hf.pack_codes first, or give them to decode()."
-            )
+        steps = self._packed_steps(codes, num_codebooks)
         restored = np.empty((len(codes), self.config.hidden_size), dtype=np.float32)
         for start, stop in _batches(len(codes), batch_size, "decompress", show_progress_bar):
             batch = unpack_codes(codes[start:stop], steps, self.config.codebook_size)
@@ -343,11 +380,29 @@ class RQMoEModel(RQMoEPreTrainedModel):
         return self.codebooks.dtype if self.experts is None else self.experts.up_proj.dtype
 
     def _tables_for(self, dtype: torch.dtype) -> Tables:
-        """The encoder's tables, rebuilt whenever a weight has changed since the last call."""
+        """The encoder's tables, rebuilt whenever a weight has changed since the last call.
+
+        `forward` and `train` clear them besides, since fused optimizers leave no trace on the weights' versions.
+        """
         key = tuple((weight.data_ptr(), weight._version) for weight in self.parameters())
         if dtype not in self._tables or self._tables[dtype][0] != key:
             self._tables[dtype] = (key, build_tables(self.codebooks, self.instructions, self.experts, dtype))
         return self._tables[dtype][1]
+
+    def _packed_steps(self, codes: np.ndarray, num_codebooks: int | None) -> int:
+        """How many codes per vector the packed `codes` hold."""
+        bits, steps = self.config.bits_per_code, self.config.num_codebooks
+        size = codes.shape[1] if isinstance(codes, np.ndarray) and codes.ndim == 2 and codes.dtype == np.uint8 else 0
+        fitting = [m for m in range(1, steps + 1) if -(-m * bits // 8) == size and num_codebooks in (None, m)]
+        if not fitting or not len(codes):
+            raise ValueError(
+                f"decompress expects packed codes, uint8 (n, {self.config.bytes_per_vector}) or those of a prefix, "
+                f"got {getattr(codes, 'dtype', type(codes).__name__)} {getattr(codes, 'shape', '')}. "
+                "Pack integer codes with rqmoe_hf.pack_codes first, or give them to decode()."
+            )
+        if len(fitting) > 1 and fitting[-1] != steps:
+            raise ValueError(f"{size} bytes may hold {fitting[0]} to {fitting[-1]} codes: give num_codebooks.")
+        return fitting[-1]
 
     def _search_settings(
         self, num_candidates: int | None, beam_size: int | None, exact: bool, num_codebooks: int | None

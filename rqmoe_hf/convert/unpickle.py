@@ -75,6 +75,9 @@ def load_pickle(path: Path, inert: set[tuple[str, str]] = frozenset()) -> Any:
     if not Path(path).is_file():
         raise ValueError(f"There is no file {path}.")
 
+    if _is_torchscript(path):
+        raise ValueError(f"{path} was refused: it is a TorchScript archive, which holds code. It was not executed.")
+
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
             if (module, name) in HARMLESS:
@@ -94,6 +97,15 @@ def load_pickle(path: Path, inert: set[tuple[str, str]] = frozenset()) -> Any:
     except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError, TypeError, AttributeError, ValueError,
             zipfile.BadZipFile, ImportError) as error:  # fmt: skip
         raise ValueError(f"{path} was refused or is damaged: {error}. Nothing in it was executed.") from error
+
+
+def _is_torchscript(path: Path) -> bool:
+    """Whether torch.load would hand the file on to torch.jit.load, which runs code of the file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("constants.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError):
+        return False
 
 
 def module_tensors(module: Inert, prefix: str = "") -> dict[str, torch.Tensor]:

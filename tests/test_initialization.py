@@ -1,0 +1,86 @@
+"""Models start as exactly the Faiss quantizers that they are initialised from."""
+
+import faiss
+import numpy as np
+import pytest
+import torch
+
+from rqmoe_hf import RQMoEConfig, RQMoEModel
+from rqmoe_hf.training import initialize
+from rqmoe_hf.training.initialization import sort_by_energy
+
+COMMON = {"hidden_size": 16, "num_codebooks": 3, "codebook_size": 32, "intermediate_size": 8}
+CONFIGS = [
+    RQMoEConfig.additive(**COMMON),
+    RQMoEConfig(**COMMON),
+    RQMoEConfig(**COMMON, instruction_size=4, num_expert_layers=2),
+    RQMoEConfig.official(**COMMON),
+    RQMoEConfig.qinco(**COMMON),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_rq_start_is_faiss_rq(clustered, config):
+    model = initialize(RQMoEModel(config), clustered, "rq", beam_size=3, seed=5).eval()
+    mean = clustered.mean(axis=0)
+    scale = np.sqrt(clustered.var(axis=0).mean())
+    np.testing.assert_allclose(model.mean, mean, atol=1e-5)
+    assert model.scale.item() == pytest.approx(scale, rel=1e-5)
+    quantizer = faiss.ResidualQuantizer(16, 3, 5)
+    quantizer.max_beam_size, quantizer.cp.seed = 3, 6
+    rows = np.sort(np.random.default_rng(5).permutation(len(clustered))[:65_536])
+    quantizer.train(((clustered[rows] - mean) / scale).astype(np.float32))
+    codes = model.encode(torch.from_numpy(clustered), beam_size=1, exact=True).codes
+    packed = np.ascontiguousarray(faiss.pack_bitstrings(codes.numpy().astype(np.int32), 5))
+    expected = quantizer.decode(packed) * scale + mean
+    np.testing.assert_allclose(model.decode(codes).reconstruction, expected, atol=1e-3)
+
+
+def test_lsq_start_keeps_the_reconstructions(clustered):
+    config = RQMoEConfig(**COMMON)
+    model = initialize(RQMoEModel(config), clustered, "lsq", seed=1).eval()
+    mse = np.square(clustered - model.decompress(model.compress(clustered, beam_size=16))).sum(1).mean()
+    index = faiss.IndexLocalSearchQuantizer(16, 3, 5)
+    index.train(clustered)
+    theirs = np.square(clustered - index.sa_decode(index.sa_encode(clustered))).sum(1).mean()
+    assert mse == pytest.approx(theirs, rel=0.05)
+    errors = [np.square(clustered - model.decompress(model.compress(clustered, num_codebooks=m))).sum(1).mean() for m in (1, 2, 3)]
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_sorting_by_energy_keeps_sums_and_puts_the_strongest_first():
+    rng = np.random.default_rng(0)
+    codebooks = rng.normal(size=(4, 8, 5)) * np.array([1.0, 5.0, 0.1, 2.0])[:, None, None] + rng.normal(size=(4, 1, 5))
+    codes = rng.integers(0, 8, (1000, 4))
+    ordered, order = sort_by_energy(codebooks.astype(np.float32), codes)
+    before = codebooks[np.arange(4), codes].sum(axis=1)
+    after = ordered[np.arange(4), codes[:, order]].sum(axis=1)
+    np.testing.assert_allclose(before, after, atol=1e-5)
+    assert order.tolist() == [1, 3, 0, 2]
+    contributions = ordered[np.arange(4), codes[:, order]]
+    np.testing.assert_allclose(contributions[:, 1:].mean(axis=0), 0, atol=1e-5)
+
+
+def test_sizes_that_faiss_rq_lacks(clustered):
+    config = RQMoEConfig(**{**COMMON, "codebook_size": 33})
+    model = initialize(RQMoEModel(config), clustered).eval()
+    mse = np.square(clustered - model.decompress(model.compress(clustered))).sum(1).mean()
+    assert mse < 0.5 * np.square(clustered - clustered.mean(0)).sum(1).mean()
+    with pytest.raises(ValueError, match="power of two"):
+        initialize(RQMoEModel(config), clustered, "lsq")
+
+
+def test_bad_samples_are_refused(clustered):
+    model = RQMoEModel(RQMoEConfig(**COMMON))
+    with pytest.raises(ValueError, match="at least 128 vectors, got 100"):
+        initialize(model, clustered[:100])
+    with pytest.raises(ValueError, match="variance is 0"):
+        initialize(model, np.ones((500, 16), np.float32))
+    with pytest.raises(ValueError, match=r"shape \(n, 16\)"):
+        initialize(model, clustered[:, :8])
+    with pytest.raises(ValueError, match="NaN"):
+        initialize(model, np.full((500, 16), np.nan, np.float32))
+    big = RQMoEModel(RQMoEConfig(hidden_size=16, num_codebooks=8, codebook_size=4096, num_experts=0))
+    with pytest.raises(ValueError, match="use 'rq'"):
+        initialize(big, np.random.default_rng(0).normal(size=(20_000, 16)), "lsq")
+    assert not model.is_initialized

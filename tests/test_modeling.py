@@ -1,0 +1,222 @@
+"""The transformers side: saving, loading, dtypes, losses, refusals."""
+
+import json
+
+import naive
+import numpy as np
+import pytest
+import torch
+from conftest import MEMBERS, randomize
+from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel
+
+from rqmoe_hf import RQMoEConfig, RQMoEModel, pack_codes
+
+
+def test_saving_and_loading_is_exact(model, vectors, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert isinstance(loaded, RQMoEModel)
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), RQMoEConfig)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert set(load_file(tmp_path / "model.safetensors")) == set(model.state_dict())
+    assert torch.equal(loaded.encode(vectors).codes, model.encode(vectors).codes)
+    assert torch.equal(loaded.encode(vectors).reconstruction, model.encode(vectors).reconstruction)
+
+
+def test_bfloat16_keeps_codewords_and_statistics_in_float32(paper_model, vectors, tmp_path):
+    paper_model.save_pretrained(tmp_path)
+    loaded = RQMoEModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert loaded.experts.up_proj.dtype == torch.bfloat16
+    assert {loaded.mean.dtype, loaded.scale.dtype, loaded.codebooks.dtype} == {torch.float32}
+    expected = (vectors - paper_model.encode(vectors).reconstruction).square().mean()
+    output = loaded.encode(vectors)
+    assert output.reconstruction.dtype == torch.float32
+    assert (vectors - output.reconstruction).square().mean() == pytest.approx(expected.item(), rel=0.02)
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto"])
+def test_device_map(paper_model, vectors, tmp_path, device_map):
+    paper_model.save_pretrained(tmp_path)
+    loaded = RQMoEModel.from_pretrained(tmp_path, device_map=device_map)
+    assert torch.equal(loaded.encode(vectors).codes.cpu(), paper_model.encode(vectors).codes)
+
+
+def test_outputs_can_be_tuples(paper_model, vectors):
+    codes, reconstruction = paper_model.encode(vectors, return_dict=False)
+    assert codes.dtype == torch.long
+    assert codes.shape == (300, 4)
+    assert torch.equal(paper_model.decode(codes, return_dict=False)[0], paper_model.decode(codes).reconstruction)
+    torch.testing.assert_close(paper_model.decode(codes).reconstruction, reconstruction, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("loss", ["normalized_residual", "per_step", "last_step"])
+def test_losses_are_those_of_the_equations(vectors, loss):
+    config = RQMoEConfig(**{**MEMBERS["paper"].to_dict(), "training_loss": loss})
+    model = randomize(RQMoEModel(config))
+    output = model(vectors)
+    target = ((vectors - model.mean) / model.scale).double()
+    errors = (target[:, None] - naive.partial_sums(model, output.codes)).square().sum(-1)
+    if loss == "normalized_residual":
+        before = torch.cat([target.square().sum(-1, keepdim=True), errors[:, :-1]], dim=1)
+        expected = sum(torch.log(1 + errors[:, m] / (before[:, m] + 1e-6)).mean() for m in range(4))
+    elif loss == "per_step":
+        expected = errors.mean(0).sum() / 16
+    else:
+        expected = errors[:, -1].mean() / 16
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    np.testing.assert_allclose(output.step_errors, errors.mean(0) * model.scale.double() ** 2, rtol=1e-4)
+    assert model(vectors, return_loss=False).loss is None
+
+
+def test_gradients_are_those_of_finite_differences(model, vectors):
+    """Every parameter gets the gradient of the loss at fixed codes."""
+    model.double()
+    model.train()
+    codes = torch.randint(0, 20, (50, 4), generator=torch.Generator().manual_seed(0))
+    target = vectors[:50].double()
+
+    def loss() -> torch.Tensor:
+        partial = model.contributions(codes).cumsum(dim=1)
+        return model._loss(target, (target[:, None] - partial).square().sum(-1))
+
+    loss().backward()
+    for name, weight in model.named_parameters():
+        flat, gradient = weight.data.view(-1), weight.grad.view(-1)
+        position = int(gradient.abs().argmax())
+        assert gradient[position] != 0, name
+        model.config.training_loss = "per_step"  # the normalised loss detaches its denominators
+        weight.grad = None
+        loss().backward()
+        analytic, step = weight.grad.view(-1)[position].item(), 1e-6
+        flat[position] += step
+        upper = loss().item()
+        flat[position] -= 2 * step
+        lower = loss().item()
+        flat[position] += step
+        assert analytic == pytest.approx((upper - lower) / (2 * step), rel=1e-4), name
+
+
+def test_a_new_model_starts_as_its_codebooks(vectors):
+    for name, config in MEMBERS.items():
+        model = RQMoEModel(config)
+        model.scale.fill_(1.0)
+        codes = torch.randint(0, 20, (30, 4))
+        plain = model.codebooks[torch.arange(4), codes].sum(dim=1)
+        torch.testing.assert_close(model.decode(codes).reconstruction, plain.detach(), atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_a_model_without_data_refuses(vectors, tmp_path):
+    model = RQMoEModel(MEMBERS["paper"])
+    for call in (model.encode, model):
+        with pytest.raises(ValueError, match="never initialised.*rqmoe train"):
+            call(vectors)
+    with pytest.raises(ValueError, match="never initialised"):
+        model.decode(torch.zeros(1, 4, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "message"),
+    [
+        (torch.randn(3, 15), r"shape \(n, 16\), n >= 1, got \(3, 15\)"),
+        (torch.randn(16), r"Reshape a single vector"),
+        (torch.empty(0, 16), r"got \(0, 16\)"),
+        (torch.ones(3, 16, dtype=torch.int8), "floating point embeddings, got .*int8"),
+        (torch.full((3, 16), float("nan")), "row 0 of the batch holds NaN"),
+        (torch.tensor([[0.0] * 16, [float("inf")] * 16]), "row 1 of the batch"),
+    ],
+)
+def test_encode_refuses_bad_embeddings(paper_model, embeddings, message):
+    for call in (paper_model.encode, paper_model, lambda x: paper_model.compress(x.numpy())):
+        with pytest.raises(ValueError, match=message):
+            call(embeddings)
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        (torch.full((2, 4), 20), "between 0 and 19.*got 20 to 20"),
+        (torch.full((2, 4), -1), "between 0 and 19"),
+        (torch.zeros(2, 5, dtype=torch.long), r"\(n, 4\).*got \(2, 5\)"),
+        (torch.zeros(2, 4), "integer codes, got float32"),
+        (torch.zeros(0, 4, dtype=torch.long), r"got \(0, 4\)"),
+    ],
+)
+def test_decode_refuses_bad_codes(paper_model, codes, message):
+    with pytest.raises(ValueError, match=message):
+        paper_model.decode(codes)
+
+
+def test_decompress_refuses_what_are_no_packed_codes(paper_model):
+    for codes in (np.zeros((2, 9), np.uint8), np.zeros((2, 3), np.int64), np.zeros(3, np.uint8), np.zeros((0, 3), np.uint8)):
+        with pytest.raises(ValueError, match=r"packed codes, uint8 \(n, 3\)"):
+            paper_model.decompress(codes)
+    with pytest.raises(ValueError, match="between 0 and 19"):
+        paper_model.decompress(np.full((2, 3), 255, np.uint8))
+
+
+def test_compress_is_packed_encode(paper_model, vectors):
+    array = vectors.numpy()
+    packed = paper_model.compress(array, batch_size=37)
+    codes = paper_model.encode(vectors).codes
+    assert np.array_equal(packed, pack_codes(codes.numpy(), 20))
+    prefix = paper_model.compress(array, num_codebooks=2)
+    expected = paper_model.encode(vectors, num_codebooks=2)
+    assert np.array_equal(prefix, pack_codes(expected.codes.numpy(), 20))
+    np.testing.assert_allclose(paper_model.decompress(prefix, num_codebooks=2), expected.reconstruction, atol=1e-5)
+    with pytest.raises(ValueError, match="2 bytes may hold 2 to 3 codes: give num_codebooks"):
+        paper_model.decompress(prefix)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"codebook_size": 1},
+        {"codebook_size": 65537},
+        {"num_codebooks": 0},
+        {"num_codebooks": "8"},
+        {"gate": "none", "num_experts": 2},
+        {"gate": "softmax"},
+        {"conditioning": "reconstruction", "instruction_size": 3},
+        {"dropout": 1.0},
+        {"num_experts": -1},
+    ],
+)
+def test_config_refuses_what_makes_no_model(wrong):
+    with pytest.raises(StrictDataclassError):
+        RQMoEConfig(**wrong)
+
+
+def test_search_arguments_are_checked(paper_model, vectors):
+    for wrong in ({"num_codebooks": 5}, {"num_codebooks": 0}, {"beam_size": 0}, {"num_candidates": 0}):
+        with pytest.raises(ValueError, match="|".join(wrong)):
+            paper_model.encode(vectors, **wrong)
+
+
+def test_config_json_is_plain(tmp_path):
+    MEMBERS["official"].save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert content["model_type"] == "rqmoe"
+    assert "bytes_per_vector" not in content
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign"])
+def test_a_broken_checkpoint_is_refused(paper_model, tmp_path, damage):
+    paper_model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    else:
+        from safetensors.torch import save_file
+
+        save_file({"encoder.layer.0.weight": torch.zeros(3, 3)}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="damaged|do not belong"):
+        RQMoEModel.from_pretrained(tmp_path)
+
+
+def test_a_checkpoint_without_some_weights_is_refused(paper_model, tmp_path):
+    paper_model.save_pretrained(tmp_path, state_dict={"codebooks": paper_model.codebooks, "scale": paper_model.scale})
+    with pytest.raises(ValueError, match="missing keys: .*experts"):
+        AutoModel.from_pretrained(tmp_path)

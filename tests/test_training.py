@@ -1,0 +1,167 @@
+"""Training: it learns, it resumes after a kill, it runs on several processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+
+from rqmoe_hf import RQMoEConfig, RQMoEModel
+from rqmoe_hf.data import load_embeddings
+from rqmoe_hf.evaluation import code_usage, evaluate, nearest_neighbors, recalls
+from rqmoe_hf.training import RQMoETrainer, RQMoETrainingArguments, initialize, train_quantizer
+
+CONFIG = {"hidden_size": 16, "num_codebooks": 4, "codebook_size": 32, "intermediate_size": 32}
+OPTIONS = ["--codebook-size", "32", "--num-codebooks", "4", "--intermediate-size", "32", "--batch-size", "128"]
+
+
+def mse(model: RQMoEModel, vectors: np.ndarray, **settings) -> float:
+    return float(np.square(vectors - model.decompress(model.compress(vectors, **settings))).sum(1).mean())
+
+
+def arguments(output: Path, **kwargs) -> RQMoETrainingArguments:
+    defaults = {"num_train_epochs": 6, "per_device_train_batch_size": 128, "learning_rate": 3e-3, "disable_tqdm": True}
+    return RQMoETrainingArguments(output_dir=str(output), **{**defaults, **kwargs})
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_training_lowers_the_error_of_held_out_vectors(clustered, tmp_path, bf16):
+    train, held_out = clustered[1000:], clustered[:1000]
+    config = RQMoEConfig(**CONFIG, training_loss="last_step")
+    start = initialize(RQMoEModel(config), train).eval()
+    model = train_quantizer(config, load_embeddings(train), load_embeddings(held_out), arguments(tmp_path, bf16=bf16))
+    assert mse(model, held_out) < 0.95 * mse(start, held_out)
+    saved = RQMoEModel.from_pretrained(tmp_path)
+    assert mse(saved, held_out) == mse(model, held_out)
+    log = json.loads((tmp_path / "training_log.json").read_text())
+    measured = [entry for entry in log if "eval_mse" in entry]
+    assert len(measured) == 6
+    assert {"eval_recall_at_1_1", "eval_recall_at_1_10", "eval_code_entropy_3", "eval_codes_used_0"} <= set(measured[0])
+    best = min(entry["eval_mse"] for entry in measured)
+    assert best == pytest.approx(evaluate(saved, held_out)[0].mse, rel=1e-2 if bf16 else 1e-5)
+
+
+def test_the_trainer_refuses_a_model_without_data(clustered, tmp_path):
+    data = load_embeddings(clustered)
+    trainer = RQMoETrainer(RQMoEModel(RQMoEConfig(**CONFIG)), arguments(tmp_path), train_dataset=data, eval_dataset=data)
+    with pytest.raises(ValueError, match="never initialised"):
+        trainer.train()
+
+
+def test_gradients_are_clipped_by_value(clustered, tmp_path):
+    model = initialize(RQMoEModel(RQMoEConfig(**CONFIG)), clustered)
+    args = arguments(tmp_path, max_grad_value=1e-4, max_grad_norm=0.0, max_steps=1, eval_strategy="no", save_strategy="no",
+                     load_best_model_at_end=False)  # fmt: skip
+    seen = []
+
+    class Spy(torch.optim.SGD):
+        def step(self, closure=None):
+            seen.append(max(weight.grad.abs().max().item() for group in self.param_groups for weight in group["params"]))
+            return super().step(closure)
+
+    optimizer = Spy(model.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    RQMoETrainer(model, args, train_dataset=load_embeddings(clustered), optimizers=(optimizer, schedule)).train()
+    assert seen == [pytest.approx(1e-4)]
+
+
+def test_training_stops_early(clustered, tmp_path):
+    args = arguments(tmp_path, early_stopping_patience=2, learning_rate=0.0, num_train_epochs=10)
+    train_quantizer(RQMoEConfig(**CONFIG), load_embeddings(clustered), load_embeddings(clustered[:500]), args)
+    log = json.loads((tmp_path / "training_log.json").read_text())
+    assert sum("eval_mse" in entry for entry in log) == 3
+
+
+def test_training_from_a_stream(clustered, tmp_path):
+    Dataset.from_dict({"embeddings": clustered.tolist()}).to_parquet(tmp_path / "train.parquet")
+    stream = load_embeddings(tmp_path / "train.parquet", streaming=True)
+    assert isinstance(stream, IterableDataset)
+    args = arguments(tmp_path / "run", max_steps=60, eval_strategy="steps", save_strategy="steps", eval_steps=30, save_steps=30)
+    start = initialize(RQMoEModel(RQMoEConfig(**CONFIG)), clustered).eval()
+    model = train_quantizer(RQMoEConfig(**CONFIG), stream, load_embeddings(clustered[:500]), args)
+    assert mse(model, clustered[:500]) < mse(start, clustered[:500])
+
+
+def command(tmp_path: Path, output: str, *extra: str) -> list[str]:
+    data = ["--embeddings", str(tmp_path / "data.npy"), "--output", str(tmp_path / output)]
+    return ["train", *data, *OPTIONS, "--epochs", "12", "--evaluations-per-epoch", "2", "--dropout", "0.1", *extra]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+
+
+def test_a_killed_run_continues_to_the_same_weights(clustered, tmp_path):
+    np.save(tmp_path / "data.npy", clustered)
+    runner = [sys.executable, "-m", "rqmoe_hf"]
+    whole = subprocess.run([*runner, *command(tmp_path, "whole")], env=environment(), capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr
+    process = subprocess.Popen([*runner, *command(tmp_path, "killed")], env=environment(), stderr=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL)  # fmt: skip
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    deadline = time.time() + 120
+    while len(list(checkpoints.glob("checkpoint-*/trainer_state.json"))) < 2 and time.time() < deadline:
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "config.json").exists()
+    newest = max(checkpoints.iterdir(), key=lambda folder: int(folder.name.split("-")[1]))
+    cut_off = newest.with_name("checkpoint-99999")  # a kill while a checkpoint was written
+    cut_off.mkdir()
+    (cut_off / "model.safetensors").write_bytes(b"half")
+    again = subprocess.run([*runner, *command(tmp_path, "killed")], env=environment(), capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    first, second = (RQMoEModel.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "killed"))
+    for name, tensor in first.items():
+        assert torch.equal(second[name], tensor), name
+    assert not list((tmp_path / "killed").glob(".saving-*"))
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_several_processes_train_one_model(clustered, tmp_path, launcher):
+    np.save(tmp_path / "data.npy", clustered)
+    if launcher == "torchrun":
+        runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "rqmoe_hf"]
+    else:
+        runner = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+                  "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "rqmoe_hf"]  # fmt: skip
+    done = subprocess.run([*runner, *command(tmp_path, "run", "--patience", "3")], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    log = json.loads((tmp_path / "run" / "training_log.json").read_text())
+    steps = [entry["step"] for entry in log if "eval_mse" in entry]
+    assert steps[-1] <= 12 * (4800 // 256 + 1)  # two processes share each epoch's 4,800 vectors in batches of 128
+    held_out = [entry["eval_mse"] for entry in log if "eval_mse" in entry]
+    assert min(held_out) < 0.97 * held_out[0]
+
+
+def test_recalls_by_hand():
+    truth = np.array([list(range(10)), list(range(10, 20))])
+    found = np.array([[1, 0, *range(20, 28)], [10, 11, 12, *range(30, 37)]])
+    assert recalls(truth, found) == (0.5, 1.0, pytest.approx((2 + 3) / 20))
+    entropy, used = code_usage(np.array([[0, 1], [0, 0], [1, 2], [1, 3]]), 4)
+    assert entropy == [1.0, 2.0]
+    assert used == [0.5, 1.0]
+
+
+def test_evaluation_against_brute_force(clustered, tmp_path):
+    model = initialize(RQMoEModel(RQMoEConfig.additive(hidden_size=16, num_codebooks=3, codebook_size=32)), clustered).eval()
+    queries, database = clustered[:50], clustered[50:1050]
+    reports = evaluate(model, database, queries, num_codebooks=[1, 3])
+    assert [report.bytes_per_vector for report in reports] == [1, 2]
+    restored = model.decompress(model.compress(database))
+    distances = np.square(queries[:, None] - database[None]).sum(-1)
+    approximate = np.square(queries[:, None] - restored[None]).sum(-1)
+    truth, found = distances.argsort(1)[:, :10], approximate.argsort(1)[:, :10]
+    assert np.array_equal(nearest_neighbors(queries, database, 10), truth)
+    shared = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(truth, found, strict=True)])
+    assert reports[1].recall_10_at_10 == pytest.approx(shared, abs=0.01)
+    assert reports[1].mse == pytest.approx(np.square(database - restored).sum(1).mean(), rel=1e-5)
+    assert reports[0].mse > reports[1].mse
