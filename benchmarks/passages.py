@@ -96,7 +96,9 @@ def package_descriptions(lists: Path) -> Iterator[str]:
 def clean(text: str) -> str | None:
     """Folds white space and markup; None if the text is too short or is no prose."""
     text = re.sub(r"[{}\\\[\]|]", "", re.sub(r"\s+", " ", text))
-    text = re.sub(r"\s*\b(1913 Webster|Webster 1913 Suppl\.|WordNet 1\.5|PJC)(?!\w)", "", text).strip()  # GCIDE's sources
+    text = re.sub(
+        r"\s*\b(1913 Webster|Webster 1913 Suppl\.|WordNet 1\.5|PJC)(?!\w)", "", text
+    ).strip()  # GCIDE's sources
     words = text.split()
     letters = sum(character.isalpha() or character == " " for character in text)
     if len(words) < MIN_WORDS or letters < 0.75 * len(text):

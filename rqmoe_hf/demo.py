@@ -35,7 +35,7 @@ class Answer:
 
 
 def collect_documentation() -> tuple[list[str], list[str]]:
-    """Names and texts of the documentation that comes with Python: docstrings of the standard library, pydoc topics."""
+    """Names and texts of the documentation that comes with Python: the library's docstrings, and pydoc's topics."""
     passages: dict[str, str] = {}
 
     def add(name: str, text: str | None) -> None:

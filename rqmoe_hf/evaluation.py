@@ -75,7 +75,7 @@ def code_usage(codes: np.ndarray, codebook_size: int) -> tuple[list[float], list
 
 
 def split_queries(embeddings: np.ndarray, max_queries: int = MAX_QUERIES) -> tuple[np.ndarray, np.ndarray]:
-    """Takes a tenth of the embeddings, at most `max_queries`, from their front as queries; the rest is the database."""
+    """Takes the first tenth of the embeddings, at most `max_queries`, as queries; the rest is the database."""
     count = min(max_queries, len(embeddings) // 10)
     if len(embeddings) - count < 10:
         raise ValueError(f"Recall needs at least 12 vectors, got {len(embeddings)}.")

@@ -5,6 +5,7 @@ H intermediate_size, c condition_size (the paper's D_e), n vectors, S steps with
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,9 +88,7 @@ class RQMoEExperts(nn.Module):
             logits = logits + self.gate_bias[steps, None]
         return logits.softmax(dim=-1)
 
-    def forward(
-        self, codewords: torch.Tensor, condition: torch.Tensor, steps: slice = slice(None)
-    ) -> torch.Tensor:
+    def forward(self, codewords: torch.Tensor, condition: torch.Tensor, steps: slice = slice(None)) -> torch.Tensor:
         """Deforms the codewords `(S, n, d)` of some steps by the conditions `(S, n, c)`; returns `(S, n, d)`."""
         hidden = codewords @ self.codeword_proj[steps].mT + condition @ self.condition_proj[steps].mT
         hidden = hidden + self.bias[steps, None]
@@ -106,6 +105,8 @@ class RQMoEPreTrainedModel(PreTrainedModel):
     """Loading, saving and weight initialisation."""
 
     config: RQMoEConfig
+    mean: torch.Tensor
+    scale: torch.Tensor
     base_model_prefix = "quantizer"
     main_input_name = "embeddings"
     model_tags = ["rqmoe", "embedding-compression", "vector-quantization"]
@@ -122,15 +123,15 @@ class RQMoEPreTrainedModel(PreTrainedModel):
             ValueError: If weights are missing, superfluous, of a wrong shape or cut off. transformers would go on
                 with random ones, and a quantizer with random weights still gives codes.
         """
+        loaded: Any
         try:
-            model, loading = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(
                 f"The weights of {pretrained_model_name_or_path} are damaged or of another model: {error}. "
                 "Download or save them again."
             ) from error
+        model, loading = loaded
         wrong = {kind: sorted(map(str, keys)) for kind, keys in loading.items() if keys}
         if wrong:
             raise ValueError(
@@ -157,7 +158,7 @@ class RQMoEPreTrainedModel(PreTrainedModel):
         With the residual connection the output scale is zero (ReZero). Without it the conditioned codeword is the
         codeword itself and the experts' last layers are zero. Never both factors of a product: that has no gradient.
         """
-        for name, weight in experts.named_parameters(recurse=False):
+        for weight in experts.parameters(recurse=False):
             if weight.ndim > 2:
                 init.normal_(weight, std=weight.shape[-1] ** -0.5)
             else:
@@ -326,7 +327,7 @@ class RQMoEModel(RQMoEPreTrainedModel):
             uint8 `(n, bytes_per_vector)`: the codes as little-endian bit strings, Faiss's layout.
         """
         embeddings = np.asarray(embeddings) if not isinstance(embeddings, np.ndarray) else embeddings
-        self._check_embeddings(embeddings, check_values=False)
+        self._check_embeddings(embeddings)
         steps = self._search_settings(num_candidates, beam_size, exact, num_codebooks)["num_codebooks"]
         size = -(-steps * self.config.bits_per_code // 8)
         packed = np.empty((len(embeddings), size), dtype=np.uint8)
@@ -406,7 +407,7 @@ class RQMoEModel(RQMoEPreTrainedModel):
 
     def _search_settings(
         self, num_candidates: int | None, beam_size: int | None, exact: bool, num_codebooks: int | None
-    ) -> dict[str, int]:
+    ) -> dict[str, Any]:
         config = self.config
         steps = config.num_codebooks if num_codebooks is None else num_codebooks
         candidates = config.num_candidates if num_candidates is None else num_candidates
@@ -426,19 +427,20 @@ class RQMoEModel(RQMoEPreTrainedModel):
                 "weights with RQMoEModel.from_pretrained(...)."
             )
 
-    def _check_embeddings(self, embeddings: torch.Tensor | np.ndarray, check_values: bool = True) -> None:
+    def _check_embeddings(self, embeddings: torch.Tensor | np.ndarray) -> None:
         size = self.config.hidden_size
         if embeddings.ndim != 2 or embeddings.shape[1] != size or not len(embeddings):
             hint = " Reshape a single vector to (1, hidden_size)." if embeddings.ndim == 1 else ""
             raise ValueError(f"Expected embeddings of shape (n, {size}), n >= 1, got {tuple(embeddings.shape)}.{hint}")
-        tensor = isinstance(embeddings, torch.Tensor)
-        if not (embeddings.is_floating_point() if tensor else np.issubdtype(embeddings.dtype, np.floating)):
+        tensor = embeddings if isinstance(embeddings, torch.Tensor) else None
+        floating = tensor.is_floating_point() if tensor is not None else np.issubdtype(embeddings.dtype, np.floating)  # type: ignore[arg-type]
+        if not floating:
             raise ValueError(
                 f"Expected floating point embeddings, got {embeddings.dtype}. Convert them to float32, in the units "
                 "of the training embeddings; int8-quantized embeddings must be rescaled first."
             )
-        if check_values and not torch.isfinite(embeddings).all():
-            row = int((~torch.isfinite(embeddings)).any(dim=1).nonzero()[0])
+        if tensor is not None and not torch.isfinite(tensor).all():
+            row = int((~torch.isfinite(tensor)).any(dim=1).nonzero()[0])
             raise ValueError(f"Embeddings must be finite, but row {row} of the batch holds NaN or infinity: drop it.")
 
 

@@ -4,21 +4,37 @@ import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
+
 from .modeling_rqmoe import RQMoEModel
 
 
-def save_whole(model: RQMoEModel, folder: str | os.PathLike, files: dict[str, str] | None = None) -> None:
+def round_weights(model: RQMoEModel) -> None:
+    """Rounds all weights to bfloat16 values, in place. The model stays float32, but fits into half the bytes."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(torch.bfloat16).to(weight.dtype)
+
+
+def save_whole(
+    model: RQMoEModel, folder: str | os.PathLike, files: dict[str, str] | None = None, half_size: bool = False
+) -> None:
     """Saves a model, and text files beside it, through a temporary folder; config.json appears last.
 
     Args:
         model: The model.
         folder: Where to; existing files of the same names are replaced.
         files: Further files, name to text.
+        half_size: Store the weights as bfloat16 (see [`round_weights`]). Loading gives float32, as config.json says.
     """
+    stored = None
+    if half_size:
+        parameters = dict(model.named_parameters())
+        stored = {name: tensor.to(torch.bfloat16) if name in parameters else tensor
+                  for name, tensor in model.state_dict().items()}  # fmt: skip
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
-        model.save_pretrained(scratch)
+        model.save_pretrained(scratch, state_dict=stored)
         for name, text in (files or {}).items():
             (Path(scratch) / name).write_text(text, "utf-8")
         for file in sorted(Path(scratch).iterdir(), key=lambda file: file.name == "config.json"):

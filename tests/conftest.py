@@ -1,4 +1,4 @@
-"""Shared fixtures: small models of every member with weights that are far from their start, real and synthetic data."""
+"""Shared fixtures: small models of every member with weights far from their start, real and synthetic data."""
 
 import os
 

@@ -22,7 +22,9 @@ def test_packing_is_faiss_packing(codebook_size, steps):
 
 def test_golden_bytes():
     assert pack_codes(np.array([[1, 255, 0]]), 256).tobytes() == b"\x01\xff\x00"
-    assert pack_codes(np.array([[1, 2, 1023]]), 1024).tobytes() == bytes([0b00000001, 0b00001000, 0b11110000, 0b00111111])
+    assert pack_codes(np.array([[1, 2, 1023]]), 1024).tobytes() == bytes(
+        [0b00000001, 0b00001000, 0b11110000, 0b00111111]
+    )
     assert pack_codes(np.array([[258, 1]]), 65536).tobytes() == b"\x02\x01\x01\x00"
     assert pack_codes(np.array([[1, 0, 1, 1]]), 2).tobytes() == b"\x0d"
 

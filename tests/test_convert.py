@@ -271,11 +271,15 @@ def test_faiss_files(tmp_path, clustered):
     index = faiss.IndexResidualQuantizer(16, 3, 4)
     index.train(clustered)
     faiss.write_index(index, str(tmp_path / "rq.index"))
-    assert np.array_equal(convert_faiss(tmp_path / "rq.index").compress(clustered[:100]), _greedy(index, clustered[:100]))
+    assert np.array_equal(
+        convert_faiss(tmp_path / "rq.index").compress(clustered[:100]), _greedy(index, clustered[:100])
+    )
     product = faiss.ProductQuantizer(16, 4, 4)
     product.train(clustered)
     faiss.write_ProductQuantizer(product, str(tmp_path / "pq"))
-    assert np.array_equal(convert_faiss(tmp_path / "pq").compress(clustered[:100]), product.compute_codes(clustered[:100]))
+    assert np.array_equal(
+        convert_faiss(tmp_path / "pq").compress(clustered[:100]), product.compute_codes(clustered[:100])
+    )
     (tmp_path / "bad").write_bytes((tmp_path / "rq.index").read_bytes()[:300])
     with pytest.raises(ValueError, match="no Faiss index"):
         convert_faiss(tmp_path / "bad")

@@ -11,7 +11,13 @@ from torch.nn import functional as F
 
 from rqmoe_hf import RQMoEConfig, RQMoEModel
 
-REALISTIC = {"hidden_size": 64, "num_codebooks": 4, "codebook_size": 64, "intermediate_size": 32, "instruction_size": 16}
+REALISTIC = {
+    "hidden_size": 64,
+    "num_codebooks": 4,
+    "codebook_size": 64,
+    "intermediate_size": 32,
+    "instruction_size": 16,
+}
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +123,9 @@ def test_the_reference_mixture_is_batched_dense_experts(paper_model):
     z = F.linear(codewords[step], experts.codeword_proj[step], experts.bias[step])
     z = z + F.linear(condition[step], experts.condition_proj[step])
     gate = F.softmax(F.linear(z, experts.gate_proj[step], experts.gate_bias[step]), dim=-1)
-    outputs = [z + F.linear(F.relu(F.linear(z, experts.up_proj[step, 0, n])), experts.down_proj[step, 0, n]) for n in range(3)]
+    outputs = [
+        z + F.linear(F.relu(F.linear(z, experts.up_proj[step, 0, n])), experts.down_proj[step, 0, n]) for n in range(3)
+    ]
     mixture = sum(gate[:, n : n + 1] * output for n, output in enumerate(outputs))
     torch.testing.assert_close(result[step], codewords[step] + experts.output_scale[step] * mixture)
 
@@ -144,7 +152,9 @@ def test_compressing_a_million_vectors_needs_little_memory():
 
 @pytest.mark.parametrize("codebook_size", [2, 1000, 65536])
 def test_any_codebook_size(codebook_size):
-    config = RQMoEConfig(hidden_size=8, num_codebooks=3, codebook_size=codebook_size, intermediate_size=4, instruction_size=4)
+    config = RQMoEConfig(
+        hidden_size=8, num_codebooks=3, codebook_size=codebook_size, intermediate_size=4, instruction_size=4
+    )
     model = randomize(RQMoEModel(config))
     vectors = np.random.default_rng(0).standard_normal((200, 8), dtype=np.float32)
     packed = model.compress(vectors)

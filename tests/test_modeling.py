@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel
 
 from rqmoe_hf import RQMoEConfig, RQMoEModel, pack_codes
+from rqmoe_hf.saving import round_weights, save_whole
 
 
 def test_saving_and_loading_is_exact(model, vectors, tmp_path):
@@ -24,6 +25,19 @@ def test_saving_and_loading_is_exact(model, vectors, tmp_path):
     assert set(load_file(tmp_path / "model.safetensors")) == set(model.state_dict())
     assert torch.equal(loaded.encode(vectors).codes, model.encode(vectors).codes)
     assert torch.equal(loaded.encode(vectors).reconstruction, model.encode(vectors).reconstruction)
+
+
+def test_half_size_files_load_as_the_rounded_float32_model(paper_model, vectors, tmp_path):
+    save_whole(paper_model, tmp_path / "whole")
+    round_weights(paper_model)
+    save_whole(paper_model, tmp_path / "half", half_size=True)
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("half", "whole")]
+    assert sizes[0] < 0.6 * sizes[1]
+    loaded = RQMoEModel.from_pretrained(tmp_path / "half")
+    for name, tensor in paper_model.state_dict().items():
+        assert loaded.state_dict()[name].dtype == torch.float32
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert torch.equal(loaded.encode(vectors).codes, paper_model.encode(vectors).codes)
 
 
 def test_bfloat16_keeps_codewords_and_statistics_in_float32(paper_model, vectors, tmp_path):
@@ -150,7 +164,12 @@ def test_decode_refuses_bad_codes(paper_model, codes, message):
 
 
 def test_decompress_refuses_what_are_no_packed_codes(paper_model):
-    for codes in (np.zeros((2, 9), np.uint8), np.zeros((2, 3), np.int64), np.zeros(3, np.uint8), np.zeros((0, 3), np.uint8)):
+    for codes in (
+        np.zeros((2, 9), np.uint8),
+        np.zeros((2, 3), np.int64),
+        np.zeros(3, np.uint8),
+        np.zeros((0, 3), np.uint8),
+    ):
         with pytest.raises(ValueError, match=r"packed codes, uint8 \(n, 3\)"):
             paper_model.decompress(codes)
     with pytest.raises(ValueError, match="between 0 and 19"):

@@ -1,4 +1,4 @@
-"""rqmoe compress, rqmoe decompress"""
+"""The commands: rqmoe compress and rqmoe decompress."""
 
 from typing import Annotated
 

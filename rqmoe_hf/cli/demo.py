@@ -1,4 +1,4 @@
-"""rqmoe demo"""
+"""The command: rqmoe demo."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +8,9 @@ import typer
 
 def demo(
     questions: Annotated[list[str] | None, typer.Argument(help="Questions to Python's documentation.")] = None,
-    encoder: Annotated[str | None, typer.Option(help="sentence-transformers encoder. Default: the MiniLM of the demo extra.")] = None,
+    encoder: Annotated[
+        str | None, typer.Option(help="sentence-transformers encoder. Default: the MiniLM of the demo extra.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Quantizer. Default: the bundled one that fits.")] = None,
     train: Annotated[bool, typer.Option("--train", help="Train a quantizer on the spot instead (minutes).")] = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of that training.")] = Path("runs/demo"),

@@ -1,4 +1,4 @@
-"""rqmoe embed"""
+"""The command: rqmoe embed."""
 
 from typing import Annotated
 

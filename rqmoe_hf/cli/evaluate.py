@@ -1,4 +1,4 @@
-"""rqmoe evaluate"""
+"""The command: rqmoe evaluate."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,9 @@ from .options import EMBEDDINGS_HELP, BeamSize, Column, DType, NumCandidates, Qu
 def evaluate(
     embeddings: Annotated[str, typer.Argument(help=EMBEDDINGS_HELP)],
     model: Quantizer,
-    queries: Annotated[str | None, typer.Option(help="Queries. Default: a tenth of the embeddings, at most 1,000.")] = None,
+    queries: Annotated[
+        str | None, typer.Option(help="Queries. Default: a tenth of the embeddings, at most 1,000.")
+    ] = None,
     column: Column = "embeddings",
     split: Split = "train",
     limit: Annotated[int, typer.Option(help="Use at most this many embeddings.")] = 100_000,

@@ -1,4 +1,4 @@
-"""rqmoe info"""
+"""The command: rqmoe info."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +8,8 @@ import typer
 
 def info(
     name: Annotated[
-        str | None, typer.Argument(help="Quantizer, or codes of `rqmoe compress`. Default: list the bundled quantizers.")
+        str | None,
+        typer.Argument(help="Quantizer, or codes of `rqmoe compress`. Default: list the bundled quantizers."),
     ] = None,
 ) -> None:
     """Show what a quantizer is, or which quantizer made some codes."""

@@ -1,4 +1,4 @@
-"""rqmoe train"""
+"""The command: rqmoe train."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -16,6 +16,13 @@ class Member(StrEnum):
     additive = "additive"
     official = "official"
     qinco = "qinco"
+
+
+class Start(StrEnum):
+    """Where codebooks start from."""
+
+    rq = "rq"
+    lsq = "lsq"
 
 
 def _apply_recipe(context: typer.Context, file: Path | None) -> Path | None:
@@ -59,7 +66,7 @@ def train(
     dropout: Annotated[float, typer.Option(help="Dropout in the experts.")] = 0.0,
     num_candidates: Annotated[int, typer.Option(help="Candidates of the encoder, also in training.")] = 8,
     beam_size: Annotated[int, typer.Option(help="Beam of the encoder, also in training.")] = 4,
-    init: Annotated[str, typer.Option(help="rq, or lsq (better start, small codebooks only).")] = "rq",
+    init: Annotated[Start, typer.Option(help="rq, or lsq (better start, small codebooks only).")] = Start.rq,
     init_sample_size: Annotated[int, typer.Option(help="Vectors that the start is computed from.")] = 65_536,
     init_beam_size: Annotated[int, typer.Option(help="Beam of the rq start.")] = 5,
     epochs: Annotated[float, typer.Option(help="Passes over the embeddings.")] = 5.0,
@@ -69,6 +76,7 @@ def train(
     patience: Annotated[int | None, typer.Option(help="Stop after so many evaluations without gain.")] = None,
     evaluations_per_epoch: Annotated[int, typer.Option(help="Evaluations, with a checkpoint each.")] = 1,
     bf16: Annotated[bool, typer.Option(help="bfloat16 arithmetic where it is safe.")] = False,
+    half_size: Annotated[bool, typer.Option(help="Round the result to bfloat16 values: half the file.")] = False,
     tensorboard: Annotated[bool, typer.Option(help="Log to TensorBoard (needs the package tensorboard).")] = False,
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
 ) -> None:
@@ -83,7 +91,7 @@ def train(
 
     if (embeddings is None) == (texts is None) or (texts is not None and encoder is None):
         raise ValueError("Give either --embeddings, or --texts and --encoder.")
-    if texts is not None:
+    if texts is not None and encoder is not None:
         embed_texts(texts, output / "embeddings", encoder, text_column, split)
         embeddings, column = str(output / "embeddings"), "embeddings"
     dataset = load_embeddings(embeddings, column, split)
@@ -126,7 +134,7 @@ def train(
         report_to="tensorboard" if tensorboard else "none",
         seed=seed,
     )
-    train_quantizer(model, dataset, held_out, args, init, init_sample_size, init_beam_size)
+    train_quantizer(model, dataset, held_out, args, init.value, init_sample_size, init_beam_size, half_size)
     if args.process_index == 0:
         print(f"The quantizer is in {output}; try `rqmoe evaluate {embeddings} --model {output} --limit 10000`.")
 

@@ -1,6 +1,7 @@
 """Faiss quantizers as additive members of the family."""
 
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -56,7 +57,7 @@ def _read(path: Path) -> "faiss.Index | faiss.ProductQuantizer":
     if not path.is_file():
         raise ValueError(f"There is no file {path}.")
     errors = []
-    for reader in (faiss.read_index, faiss.read_ProductQuantizer):
+    for reader in (faiss.read_index, faiss.read_ProductQuantizer):  # type: ignore[attr-defined]
         try:
             return reader(str(path))
         except RuntimeError as error:
@@ -64,7 +65,7 @@ def _read(path: Path) -> "faiss.Index | faiss.ProductQuantizer":
     raise ValueError(f"{path} is no Faiss index and no ProductQuantizer, or is damaged: {errors[0]}")
 
 
-def _rotation(index: faiss.IndexPreTransform) -> tuple[np.ndarray, torch.Tensor | None]:
+def _rotation(index: Any) -> tuple[np.ndarray, torch.Tensor | None]:
     """The orthonormal matrix A of x -> A x + b, and the mean that b stands for."""
     if index.chain.size() != 1:
         raise ValueError(f"Cannot convert a chain of {index.chain.size()} transforms: expected one rotation.")

@@ -57,7 +57,7 @@ def _convert_module(module: Inert, origin: str) -> RQMoEModel:
         _layer_weights(reader, blocks, indices, layers, "0"),
         _layer_weights(reader, blocks, indices, layers, "2"),
         None,
-        float(module.db_scale),
+        float(module.__dict__["db_scale"]),
     )
 
 

@@ -21,7 +21,9 @@ class StateReader:
         """The tensor `name` in float32; ValueError if it is missing."""
         if name not in self.tensors or not isinstance(self.tensors[name], torch.Tensor):
             found = ", ".join(sorted(self.tensors)[:5])
-            raise ValueError(f"{self.origin} has no tensor {name!r} (it has {found}, ...): another format, or cut off.")
+            raise ValueError(
+                f"{self.origin} has no tensor {name!r} (it has {found}, ...): another format, or cut off."
+            )
         self.unused.discard(name)
         return self.tensors[name].float()
 

@@ -4,6 +4,7 @@ import collections
 import pickle
 import types
 import zipfile
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ HARMLESS = {
 STORAGES = ("Float", "Double", "Half", "BFloat16", "Int", "Long", "Short", "Byte", "Char", "Bool")
 
 
-def load_pickle(path: Path, inert: set[tuple[str, str]] = frozenset()) -> Any:
+def load_pickle(path: Path, inert: Set[tuple[str, str]] = frozenset()) -> Any:
     """Loads a file of `torch.save`.
 
     Tensors, numbers, strings and plain containers come back as they are; instances of the classes in `inert` and of

@@ -57,13 +57,17 @@ def initialize(
         raise ValueError(f"The embeddings' variance is {variance}: they are constant, or hold NaN or infinity.")
     rows = np.random.default_rng(seed).permutation(len(embeddings))[:sample_size]
     sample = ((embeddings[np.sort(rows)] - mean) / np.sqrt(variance)).astype(np.float32)
-    codebooks = _lsq_codebooks(sample, model, seed) if method == "lsq" else _rq_codebooks(sample, model, beam_size, seed)
+    codebooks = (
+        _lsq_codebooks(sample, model, seed) if method == "lsq" else _rq_codebooks(sample, model, beam_size, seed)
+    )
     with torch.no_grad():
         model.mean.copy_(torch.from_numpy(mean))
         model.scale.fill_(float(np.sqrt(variance)))
         model.codebooks.copy_(torch.from_numpy(codebooks))
         if model.instructions is not None:
-            model.instructions.copy_(model.codebooks[:-1] @ _projection(config.hidden_size, config.condition_size, seed))
+            model.instructions.copy_(
+                model.codebooks[:-1] @ _projection(config.hidden_size, config.condition_size, seed)
+            )
     return model
 
 
@@ -77,7 +81,8 @@ def _projection(size: int, target: int, seed: int) -> torch.Tensor:
 def _rq_codebooks(sample: np.ndarray, model: RQMoEModel, beam_size: int, seed: int) -> np.ndarray:
     config = model.config
     shape = (config.num_codebooks, config.codebook_size, config.hidden_size)
-    if config.codebook_size != 1 << config.bits_per_code:  # Faiss's residual quantizer knows powers of two only
+    power_of_two = config.codebook_size == 1 << config.bits_per_code
+    if not power_of_two or len(sample) <= config.hidden_size:  # Faiss's own training can do neither
         return _residual_kmeans(sample, shape, seed)
     quantizer = faiss.ResidualQuantizer(config.hidden_size, config.num_codebooks, config.bits_per_code)
     quantizer.max_beam_size = beam_size
@@ -93,8 +98,9 @@ def _residual_kmeans(sample: np.ndarray, shape: tuple[int, int, int], seed: int)
         kmeans = faiss.Kmeans(shape[2], shape[1], niter=20, seed=seed + step + 1, min_points_per_centroid=1)
         kmeans.train(residual)
         nearest = kmeans.index.search(residual, 1)[1][:, 0]
-        residual -= kmeans.centroids[nearest]
-        codebooks.append(kmeans.centroids)
+        centroids = np.asarray(kmeans.centroids)
+        residual -= centroids[nearest]
+        codebooks.append(centroids)
     return np.stack(codebooks)
 
 

@@ -2,16 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from datasets import Dataset, IterableDataset
-from transformers import TrainingArguments
+from transformers import TrainingArguments, set_seed
 
 from ..configuration_rqmoe import RQMoEConfig
 from ..data.sources import sample_array
 from ..modeling_rqmoe import RQMoEModel
-from ..saving import save_whole
+from ..saving import round_weights, save_whole
 from .initialization import initialize
 from .trainer import RQMoETrainer, RQMoETrainingArguments, last_complete_checkpoint
 
@@ -23,9 +24,10 @@ def train_quantizer(
     train_dataset: Dataset | IterableDataset,
     eval_dataset: Dataset,
     args: RQMoETrainingArguments,
-    init_method: str = "rq",
+    init_method: Literal["rq", "lsq"] = "rq",
     init_sample_size: int = 65_536,
     init_beam_size: int = 5,
+    half_size: bool = False,
 ) -> RQMoEModel:
     """Initialises and trains a quantizer, and saves it to `args.output_dir`.
 
@@ -40,30 +42,33 @@ def train_quantizer(
         init_method: See [`initialize`].
         init_sample_size: See [`initialize`].
         init_beam_size: See [`initialize`].
+        half_size: Round the final weights to bfloat16 values and store them in half the bytes.
 
     Returns:
         The model with the lowest validation error (if `args.load_best_model_at_end`), on the training device.
     """
-    output = Path(args.output_dir)
+    output = Path(str(args.output_dir))
     args.output_dir = str(output / "checkpoints")
     checkpoint = last_complete_checkpoint(Path(args.output_dir))
-    if isinstance(model, RQMoEConfig):
-        model = RQMoEModel(model)
-    if checkpoint is None and not model.is_initialized and args.process_index == 0:
+    set_seed(args.seed)  # the Trainer seeds too, but the experts' random weights come before it
+    quantizer = RQMoEModel(model) if isinstance(model, RQMoEConfig) else model
+    if checkpoint is None and not quantizer.is_initialized and args.process_index == 0:
         sample = sample_array(train_dataset, max(STATISTICS_ROWS, init_sample_size), args.seed)
-        initialize(model, sample, init_method, init_sample_size, init_beam_size, args.seed)
+        initialize(quantizer, sample, init_method, init_sample_size, init_beam_size, args.seed)
     if checkpoint is not None:
-        model = RQMoEModel.from_pretrained(checkpoint, dtype=torch.float32)
-    share_weights(model, args)
-    trainer = RQMoETrainer(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset)
+        quantizer = RQMoEModel.from_pretrained(checkpoint, dtype=torch.float32)
+    share_weights(quantizer, args)
+    trainer = RQMoETrainer(model=quantizer, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset)
     trainer.train(resume_from_checkpoint=checkpoint)
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    model.eval()
+    quantizer = trainer.accelerator.unwrap_model(trainer.model)
+    if half_size:
+        round_weights(quantizer)
+    quantizer.eval()
     if trainer.is_world_process_zero():
         log = json.dumps(trainer.state.log_history, indent=1) + "\n"
-        save_whole(model, output, {"training_log.json": log})
+        save_whole(quantizer, output, {"training_log.json": log}, half_size)
     trainer.accelerator.wait_for_everyone()
-    return model
+    return quantizer
 
 
 def share_weights(model: RQMoEModel, args: TrainingArguments) -> None:

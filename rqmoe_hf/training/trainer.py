@@ -5,6 +5,7 @@ import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +14,8 @@ from datasets import Dataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..evaluation import evaluate
 from ..data.sources import as_array
+from ..evaluation import evaluate
 
 MAX_EVALUATION_VECTORS = 20_000
 
@@ -60,9 +61,9 @@ class ClipGradientValues(TrainerCallback):
     def __init__(self, limit: float):
         self.limit = limit
 
-    def on_pre_optimizer_step(self, args, state, control, model: torch.nn.Module, **kwargs) -> None:
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
         """Runs after the backward pass and the clipping of the norm."""
-        torch.nn.utils.clip_grad_value_(model.parameters(), self.limit)
+        torch.nn.utils.clip_grad_value_(kwargs["model"].parameters(), self.limit)
 
 
 class RQMoETrainer(Trainer):
@@ -87,7 +88,7 @@ class RQMoETrainer(Trainer):
     ) -> dict[str, float]:
         """Measures the model on held-out embeddings; keys are `{prefix}_mse`, `{prefix}_recall_at_1_1` and so on."""
         start = time.perf_counter()
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         vectors = as_array(dataset, np.arange(min(len(dataset), MAX_EVALUATION_VECTORS)))
         model = self.accelerator.unwrap_model(self.model)
         training = model.training
@@ -95,7 +96,7 @@ class RQMoETrainer(Trainer):
         with self.accelerator.autocast():
             report = evaluate(model, vectors)[0].as_dict()
         model.train(training)
-        metrics = {}
+        metrics: dict[str, float] = {}
         for name, value in report.items():
             if isinstance(value, list):
                 metrics |= {f"{metric_key_prefix}_{name}_{step}": number for step, number in enumerate(value)}

@@ -1,0 +1,172 @@
+"""Speed of the engine against the algorithm as published, on trained weights, in one run.
+
+    python benchmarks/engine.py --train data/embeddings/train --test data/embeddings/test
+
+Each setting is trained on 44,000 vectors, then encoded and decoded by the engine in float32 and bfloat16 and by
+`plain.py`, which evaluates all codewords with all experts. The 768-dimensional vectors are pairs of 384-dimensional
+ones, side by side. Run it on a quiet machine: every figure is a median, and only ratios within the run count.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import environment
+import numpy as np
+import torch
+from plain import PlainRQMoE
+
+from rqmoe_hf import RQMoEConfig, RQMoEModel
+from rqmoe_hf.data import as_array, load_embeddings
+from rqmoe_hf.training import RQMoETrainer, RQMoETrainingArguments, initialize
+
+BASE = {"num_experts": 2, "num_expert_layers": 1, "intermediate_size": 256, "num_candidates": 2, "beam_size": 2}
+SETTINGS = {
+    "d=384, 8x256": RQMoEConfig(**BASE),
+    "d=384, 8x256, 2 layers": RQMoEConfig(**{**BASE, "num_expert_layers": 2}),
+    "d=384, 6x1024": RQMoEConfig(**BASE, num_codebooks=6, codebook_size=1024),
+    "d=384, 5x4096": RQMoEConfig(**BASE, num_codebooks=5, codebook_size=4096),
+    "d=768, 8x256": RQMoEConfig(**BASE, hidden_size=768),
+    "QINCo, d=384, 8x256, 16 layers": RQMoEConfig.qinco(
+        num_expert_layers=16, intermediate_size=256, num_candidates=2, beam_size=1
+    ),
+}
+TRAINING_VECTORS = 44_000
+
+
+def median_seconds(work: Callable[[], object], repeats: int = 5) -> float:
+    """Median time of one call, after a call that is not counted."""
+    work()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def train(config: RQMoEConfig, vectors: np.ndarray, epochs: float, folder: Path) -> tuple[RQMoEModel, float]:
+    """Initialises and trains one setting; returns the model and the vectors per second of the training itself."""
+    model = initialize(RQMoEModel(config), vectors, sample_size=20_000, beam_size=1)
+    args = RQMoETrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=512,
+        learning_rate=2e-3,
+        bf16=True,
+        eval_strategy="no",
+        save_strategy="no",
+        load_best_model_at_end=False,
+        disable_tqdm=True,
+    )
+    start = time.perf_counter()
+    RQMoETrainer(model=model, args=args, train_dataset=load_embeddings(vectors)).train()
+    return model.eval(), len(vectors) * epochs / (time.perf_counter() - start)
+
+
+def plain_training_rate(model: RQMoEModel, plain: PlainRQMoE, batch: torch.Tensor) -> float:
+    """Vectors per second of a training step as published: encode without shortcuts, then one gradient pass."""
+    start = time.perf_counter()
+    with torch.no_grad():
+        codes, _ = plain.encode(batch)
+    partial = model.contributions(codes).cumsum(dim=1)
+    target = model._standardize(batch)
+    model._loss(target, (target[:, None] - partial).square().sum(-1)).backward()
+    model.zero_grad()
+    return len(batch) / (time.perf_counter() - start)
+
+
+def mse(vectors: torch.Tensor, restored: torch.Tensor) -> float:
+    """Squared error, summed over dimensions, averaged over vectors."""
+    return float((vectors - restored).square().sum(dim=1).mean())
+
+
+def measure(model: RQMoEModel, vectors: torch.Tensor, training_rate: float) -> dict:
+    """All figures of one setting."""
+    config, plain = model.config, PlainRQMoE(model)
+    codewords = config.codebook_size * config.num_expert_layers
+    few = vectors[: max(8, min(128, 65_536 // codewords))]
+    with torch.no_grad():
+        plain_rate = len(few) / median_seconds(lambda: plain.encode(few), 3)
+        same = float((plain.encode(few)[0] == model.encode(few, exact=True, beam_size=1).codes).float().mean())
+    some = vectors[: max(256, 524_288 // codewords)]
+    exact = model.encode(some, exact=True, beam_size=1)
+    row = {
+        "num_codebooks": config.num_codebooks,
+        "codebook_size": config.codebook_size,
+        "plain": {"encode_per_second": plain_rate, "mse": mse(some, exact.reconstruction)},
+        "codes_equal_to_plain": same,
+        "plain_training_per_second": plain_training_rate(model, plain, few),
+        "training_per_second": training_rate,
+        "searches": [],
+    }
+    with torch.no_grad():
+        codes = model.encode(vectors, num_candidates=2, beam_size=1).codes
+        row["plain"]["decode_per_second"] = len(codes) / median_seconds(lambda: plain.decode(codes))
+    half = RQMoEModel(config).eval()
+    half.load_state_dict(model.state_dict())
+    half.experts.to(torch.bfloat16)
+    if half.instructions is not None:
+        half.instructions.data = half.instructions.data.to(torch.bfloat16)
+    for dtype, engine in (("float32", model), ("bfloat16", half)):
+        row[f"decode_per_second_{dtype}"] = len(codes) / median_seconds(lambda engine=engine: engine.decode(codes))
+        for candidates, beam in ((1, 1), (2, 1), (4, 1), (2, 4), (1, 8), (2, 8), (16, 8)):
+            part = vectors[: max(512, len(vectors) // (candidates * beam))]
+            search = {"num_candidates": candidates, "beam_size": beam}
+            seconds = median_seconds(lambda e=engine, p=part, s=search: e.encode(p, **s), 3)
+            found = mse(some, engine.encode(some, **search).reconstruction)
+            row["searches"].append({"dtype": dtype, **search, "encode_per_second": len(part) / seconds, "mse": found})
+    return row
+
+
+def summarize(row: dict) -> dict:
+    """The ratios that the engine is judged by."""
+    plain, searches = row["plain"], row["searches"]
+
+    def fastest(dtype: str, limit: float) -> float:
+        rates = [s["encode_per_second"] for s in searches if s["dtype"] == dtype and s["mse"] <= limit * plain["mse"]]
+        return max(rates, default=float("nan")) / plain["encode_per_second"]
+
+    wide = next(s for s in searches if (s["dtype"], s["num_candidates"], s["beam_size"]) == ("bfloat16", 16, 8))
+    return {
+        "encode_float32": fastest("float32", 1.005),
+        "encode_bfloat16": fastest("bfloat16", 1.005),
+        "beam_16_8_speed": wide["encode_per_second"] / plain["encode_per_second"],
+        "beam_16_8_mse": wide["mse"] / plain["mse"] - 1,
+        "encode_bfloat16_at_3_percent_lower_mse": fastest("bfloat16", 0.97),
+        "decode_float32": row["decode_per_second_float32"] / plain["decode_per_second"],
+        "decode_bfloat16": row["decode_per_second_bfloat16"] / plain["decode_per_second"],
+        "training": row["training_per_second"] / row["plain_training_per_second"],
+    }
+
+
+def main() -> None:
+    """Trains and measures the settings; writes results/engine.json after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", default="data/embeddings/train")
+    parser.add_argument("--test", default="data/embeddings/test")
+    parser.add_argument("--settings", nargs="*", default=list(SETTINGS))
+    parser.add_argument("--epochs", type=float, default=2.0)
+    arguments = parser.parse_args()
+    train_set, test_set = (as_array(load_embeddings(source)) for source in (arguments.train, arguments.test))
+    results = environment.load("engine") | {"environment": environment.describe(), "epochs": arguments.epochs}
+    print(f"{torch.get_num_threads()} threads", flush=True)
+    for name in arguments.settings:
+        config = SETTINGS[name]
+        pairs = config.hidden_size // train_set.shape[1]
+        vectors = train_set[: TRAINING_VECTORS * pairs].reshape(-1, config.hidden_size)
+        held_out = test_set[: 8192 * pairs].reshape(-1, config.hidden_size)
+        with tempfile.TemporaryDirectory() as folder:
+            model, rate = train(config, vectors, arguments.epochs, Path(folder))
+        row = measure(model, torch.from_numpy(held_out), rate)
+        row["ratios"] = summarize(row)
+        results.setdefault("settings", {})[name] = row
+        print(name, row["ratios"], flush=True)
+        environment.save("engine", results)
+
+
+if __name__ == "__main__":
+    main()

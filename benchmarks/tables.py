@@ -1,0 +1,107 @@
+"""Writes the tables of README.md and of the model card from the results files.
+
+    python benchmarks/tables.py [--check]
+
+Each table stands between the comments `<!-- table: name -->` and `<!-- end -->`. `--check` changes nothing and fails
+if a table is not up to date.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import environment
+
+ROOT = Path(__file__).parent.parent
+FLOAT_BYTES = 4 * 384
+
+
+def summary() -> str:
+    """README's first table: bytes, memory and recall beside the uncompressed vectors."""
+    results = environment.load("quality")["methods"]
+    ours = [row for name, row in results.items() if name.endswith("beam 8")]
+    rows = [("float32", FLOAT_BYTES, 1.0, 1.0)]
+    for row in sorted(ours, key=lambda row: -row["bytes_per_vector"]):
+        rows.append(("rqmoe_hf", row["bytes_per_vector"], row["recall_10_at_10"], row["recall_at_1_10"]))
+    for name in ("RQ16x8, beam 5", "RQ8x8, beam 5", "PQ8x8"):
+        row = results[name]
+        rows.append((f"Faiss {name}", row["bytes_per_vector"], row["recall_10_at_10"], row["recall_at_1_10"]))
+    lines = ["| | bytes per vector | 10 million vectors | recall@10 | R@10 |", "| --- | ---: | ---: | ---: | ---: |"]
+    for name, size, recall, first in rows:
+        memory = f"{size * 1e7 / 1e9:.1f} GB" if size > 100 else f"{size * 1e7 / 1e6:.0f} MB"
+        lines.append(f"| {name} | {size:,} | {memory} | {recall:.3f} | {first:.3f} |")
+    return "\n".join(lines)
+
+
+def quality() -> str:
+    """All methods: error, recall and speed."""
+    results = environment.load("quality")["methods"]
+    lines = [
+        "| method | bytes | MSE | R@1 | R@10 | recall@10 | encode, vectors/s |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, row in sorted(results.items(), key=lambda item: (item[1]["bytes_per_vector"] > 8, -item[1]["mse"])):
+        subset = f" (trained on {row['training_vectors']:,})" if name.startswith("LSQ") else ""
+        speed = f"{row['encode_per_second']:,}" if "encode_per_second" in row else ""
+        lines.append(
+            f"| {name}{subset} | {row['bytes_per_vector']} | {row['mse']:.3f} | {row['recall_at_1_1']:.3f} | "
+            f"{row['recall_at_1_10']:.3f} | {row['recall_10_at_10']:.3f} | {speed} |"
+        )
+    return "\n".join(lines)
+
+
+def engine() -> str:
+    """Ratios of the engine to the algorithm as published."""
+    results = environment.load("engine")
+    lines = [
+        "| setting | encode float32 | encode bfloat16 | search (16, 8): speed | its MSE | decode bfloat16 | training |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, row in results["settings"].items():
+        ratio = row["ratios"]
+        lines.append(
+            f"| {name} | {ratio['encode_float32']:.0f}x | {ratio['encode_bfloat16']:.0f}x | "
+            f"{ratio['beam_16_8_speed']:.1f}x | {100 * ratio['beam_16_8_mse']:+.1f} % | "
+            f"{ratio['decode_bfloat16']:.1f}x | {ratio['training']:.0f}x |"
+        )
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    """One line on where and when the figures were measured."""
+    where = environment.load("quality")["environment"]
+    return (
+        f"Measured on {where['date']} on two cores of {where['processor']}"
+        f"{' with bfloat16 instructions' if where['bf16_instructions'] else ''}, torch {where['torch']}, "
+        f"faiss {where['faiss']}."
+    )
+
+
+TABLES = {"summary": summary, "quality": quality, "engine": engine, "machine": machine}
+
+
+def fill(text: str) -> str:
+    """Puts every table between its comments."""
+
+    def table(match: re.Match) -> str:
+        return f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    """Writes, or checks, all files with tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    for file in (ROOT / "README.md", *sorted(ROOT.glob("model_cards/*/README.md"))):
+        before = file.read_text("utf-8")
+        after = fill(before)
+        if check and before != after:
+            sys.exit(f"{file.relative_to(ROOT)} is not up to date: run `make tables`.")
+        file.write_text(after, "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""The command line as a user meets it: help, exit codes, messages, and whole workflows."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from rqmoe_hf.cli import app
+
+VERBS = ["demo", "embed", "train", "compress", "decompress", "evaluate", "convert", "info"]
+
+
+def rqmoe(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    return subprocess.run(
+        [sys.executable, "-m", "rqmoe_hf", *arguments], env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(verb):
+    result = CliRunner().invoke(app, [verb, "--help"])
+    assert result.exit_code == 0
+    assert "Usage" in result.output
+    listed = CliRunner().invoke(app, ["--help"]).output
+    assert verb in listed
+
+
+def test_train_evaluate_compress_decompress_info(clustered, tmp_path):
+    np.save(tmp_path / "train.npy", clustered[1000:])
+    np.save(tmp_path / "test.npy", clustered[:1000])
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"embeddings: {tmp_path / 'train.npy'}\nnum_codebooks: 3\ncodebook_size: 16\nepochs: 1\nintermediate_size: 8\n"
+    )
+    model = str(tmp_path / "model")
+    trained = rqmoe("train", "--recipe", str(recipe), "--output", model, "--epochs", "2")
+    assert trained.returncode == 0, trained.stderr
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert (config["num_codebooks"], config["codebook_size"]) == (3, 16)
+    log = json.loads((tmp_path / "model" / "training_log.json").read_text())
+    assert max(entry["epoch"] for entry in log) == 2  # the command line wins over the recipe
+
+    report = tmp_path / "report.json"
+    measured = rqmoe("evaluate", str(tmp_path / "test.npy"), "--model", model, "--prefixes", "--json", str(report))
+    assert measured.returncode == 0, measured.stderr
+    rows = json.loads(report.read_text())
+    assert [row["num_codebooks"] for row in rows] == [1, 2, 3]
+    assert rows[0]["mse"] > rows[1]["mse"] > rows[2]["mse"]
+
+    codes, restored = str(tmp_path / "codes"), str(tmp_path / "restored")
+    assert rqmoe("compress", str(tmp_path / "test.npy"), "-o", codes, "--model", model).returncode == 0
+    assert rqmoe("decompress", codes, "-o", restored, "--model", model).returncode == 0
+    shown = rqmoe("info", model)
+    assert "3 x 4 bits (16 codewords)" in shown.stdout
+    assert model in rqmoe("info", codes).stdout
+
+    tuned = rqmoe(
+        "train",
+        "--from",
+        model,
+        "--embeddings",
+        str(tmp_path / "train.npy"),
+        "-o",
+        str(tmp_path / "tuned"),
+        "--epochs",
+        "1",
+    )
+    assert tuned.returncode == 0, tuned.stderr
+
+
+def test_train_from_texts(encoder, tmp_path):
+    lines = [f"The {color} {animal} {verb} over {number} fences." for color in ("red", "green", "grey") for animal in
+             ("fox", "cat", "dog") for verb in ("jumps", "flies") for number in range(12)]  # fmt: skip
+    (tmp_path / "texts.txt").write_text("\n".join(lines))
+    result = rqmoe("train", "--texts", str(tmp_path / "texts.txt"), "--encoder", encoder, "-o", str(tmp_path / "model"),  # noqa: E501
+                   "--codebook-size", "16", "--num-codebooks", "2", "--epochs", "1", "--intermediate-size", "8",
+                   "--evaluation-size", "40", "--batch-size", "32")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["base_model"] == encoder
+    assert config["hidden_size"] == 384
+
+
+def test_convert(clustered, tmp_path):
+    index = faiss.IndexPQ(16, 4, 4)
+    index.train(clustered)
+    faiss.write_index(index, str(tmp_path / "pq.index"))
+    done = rqmoe("convert", str(tmp_path / "pq.index"), "-o", str(tmp_path / "model"), "--format", "faiss")
+    assert done.returncode == 0, done.stderr
+    assert sorted(file.name for file in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["info", "no-such-quantizer"], "There is no quantizer 'no-such-quantizer'"),
+        (["compress", "none.npy", "-o", "codes", "--model", "minilm-384"], "There is no file none.npy"),
+        (["train", "-o", "run"], "Give either --embeddings, or --texts and --encoder"),
+        (["convert", "none.pt", "-o", "out", "--format", "official"], "--scale belongs to --format official"),
+        (["convert", "none.pt", "-o", "out", "--format", "qinco"], "There is no file none.pt"),
+        (["embed", "none.txt", "-o", "out", "--encoder", "x"], "no file or folder none.txt"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    result = rqmoe(*arguments)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recipe_with_a_typo_is_refused(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("codebok_size: 16\n")
+    result = rqmoe("train", "--recipe", str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "out"))
+    assert result.returncode == 1
+    assert "codebok_size" in result.stderr
