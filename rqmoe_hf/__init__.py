@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModel
 
+from .bundled import bundled_quantizers
 from .codes import bytes_per_vector, pack_codes, truncate_codes, unpack_codes
 from .configuration_rqmoe import RQMoEConfig
 from .modeling_rqmoe import RQMoEDecoderOutput, RQMoEEncoderOutput, RQMoEModel, RQMoEOutput
@@ -16,6 +17,7 @@ __all__ = [
     "RQMoEEncoderOutput",
     "RQMoEModel",
     "RQMoEOutput",
+    "bundled_quantizers",
     "bytes_per_vector",
     "pack_codes",
     "truncate_codes",
