@@ -161,7 +161,7 @@ def main() -> None:
         held_out = test_set[: 8192 * pairs].reshape(-1, config.hidden_size)
         with tempfile.TemporaryDirectory() as folder:
             model, rate = train(config, vectors, arguments.epochs, Path(folder))
-        row = measure(model, torch.from_numpy(held_out), rate)
+        row = measure(model, torch.from_numpy(held_out.copy()), rate)
         row["ratios"] = summarize(row)
         results.setdefault("settings", {})[name] = row
         print(name, row["ratios"], flush=True)

@@ -145,33 +145,36 @@ def deform(tables: Tables, steps: slice, codes: torch.Tensor, shared: torch.Tens
     weights = gate.softmax(dim=-1)[..., None] if gate_width else None  # (m, r, N, 1)
     inner = F.relu(inner).unflatten(-1, (experts, -1))  # (m, r, N, H)
     if tables.inner_up is not None:
-        inner, skipped = _later_layers(tables, steps, inner, features[..., -size:])
-        skipped = skipped if weights is None else skipped * weights
-        base += skipped.sum(dim=-2) * tables.output_scale[steps]
+        inner, skipped = _later_layers(tables, steps, inner, features[..., -size:], weights)
+        base += skipped.mul_(tables.output_scale[steps])
     inner = inner if weights is None else inner.mul_(weights)
     return base.add_(inner.flatten(-2) @ tables.down[steps])
 
 
 def _later_layers(
-    tables: Tables, steps: slice, inner: torch.Tensor, hidden: torch.Tensor
+    tables: Tables, steps: slice, inner: torch.Tensor, hidden: torch.Tensor, weights: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs the layers between the first activation and the last.
 
     Args:
         tables: The tables.
         steps: As in [`deform`].
-        inner: Activation of the first layer, `(m, r, N, H)`.
+        inner: Activation of the first layer, `(m, r, N, H)`; overwritten.
         hidden: What enters the first layer, `(m, r, d)`.
+        weights: Of the experts, `(m, r, N, 1)`; None if there is one expert.
 
     Returns:
-        The activation of the last layer, and what all layers before it have added to `hidden`, `(m, r, N, d)`.
+        The activation of the last layer, and what the layers before it add to `hidden`, mixed: `(m, r, d)`.
     """
-    activations, sums = list(inner.unbind(-2)), [0.0] * tables.num_experts
-    for layer in range(tables.inner_up.shape[1]):
-        for expert in range(tables.num_experts):
-            sums[expert] = activations[expert] @ tables.inner_down[steps, layer, expert] + sums[expert]
-            activations[expert] = F.relu((hidden + sums[expert]) @ tables.inner_up[steps, layer, expert])
-    return torch.stack(activations, dim=-2), torch.stack(sums, dim=-2)
+    mixed = -hidden
+    for expert in range(tables.num_experts):
+        state, activation = hidden, inner[..., expert, :]
+        for layer in range(tables.inner_up.shape[1]):
+            state = torch.baddbmm(state, activation, tables.inner_down[steps, layer, expert])
+            activation = torch.bmm(state, tables.inner_up[steps, layer, expert]).relu_()
+        inner[..., expert, :] = activation
+        mixed = mixed + state if weights is None else torch.addcmul(mixed, state, weights[..., expert, :])
+    return inner, mixed
 
 
 def encode_vectors(

@@ -332,7 +332,7 @@ class RQMoEModel(RQMoEPreTrainedModel):
         size = -(-steps * self.config.bits_per_code // 8)
         packed = np.empty((len(embeddings), size), dtype=np.uint8)
         for start, stop in _batches(len(embeddings), batch_size, "compress", show_progress_bar):
-            batch = torch.from_numpy(np.ascontiguousarray(embeddings[start:stop], dtype=np.float32))
+            batch = torch.from_numpy(np.array(embeddings[start:stop], dtype=np.float32))  # a copy: may be read-only
             codes = self.encode(batch.to(self.codebooks.device), num_candidates, beam_size, exact, steps).codes
             packed[start:stop] = pack_codes(codes.cpu().numpy(), self.config.codebook_size)
         return packed
