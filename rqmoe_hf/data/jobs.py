@@ -1,0 +1,194 @@
+"""Whole collections: texts to embeddings, embeddings to codes and back, as resumable parquet shards."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from datasets import Dataset
+
+from ..modeling_rqmoe import RQMoEModel
+from .shards import column_array, fixed_size_column, write_shards
+from .sources import as_array, load_embeddings, load_table
+
+CODES_METADATA = b"rqmoe"
+
+
+def embed_texts(
+    source: str | os.PathLike | Dataset,
+    output: str | os.PathLike,
+    encoder: str,
+    text_column: str = "text",
+    split: str = "train",
+    dtype: str = "float32",
+    batch_size: int = 64,
+    shard_size: int = 16_384,
+    device: str | None = None,
+) -> list[Path]:
+    """Embeds texts with a sentence-transformers encoder.
+
+    Args:
+        source: Table of texts; see `rqmoe_hf.data.load_table`.
+        output: Folder for the shards; each has the column `embeddings`, and `id` if the source has one.
+        encoder: Hub id or folder of the encoder.
+        text_column: Column that holds the texts.
+        split: Split of a Hub data set.
+        dtype: Of the encoder's arithmetic; "bfloat16" is about twice as fast where the processor has it. The
+            embeddings are float32; those of encoders that normalise are normalised again.
+        batch_size: Texts per forward pass, sorted by length within a shard.
+        shard_size: Texts per file.
+        device: Where to run, default the best there is.
+
+    Returns:
+        The parquet files.
+    """
+    dataset = load_table(source, split) if not isinstance(source, Dataset) else source
+    if text_column not in dataset.column_names:
+        raise ValueError(f"There is no column {text_column!r}; the columns are {', '.join(dataset.column_names)}.")
+    settings = {"job": "embed", "encoder": str(encoder), "dtype": dtype, "text_column": text_column}
+    loaded: list = []  # loading the encoder takes seconds: not before it is needed
+
+    def make(start: int, stop: int) -> pa.Table:
+        if not loaded:
+            loaded.append(load_encoder(encoder, dtype, device))
+        rows = dataset[start:stop]
+        return pa.table(_ids(rows) | {"embeddings": fixed_size_column(_encode(loaded[0], rows[text_column], batch_size))})
+
+    settings |= {"source": _fingerprint(dataset)}
+    return write_shards(output, len(dataset), shard_size, settings, make, "embed")
+
+
+def load_encoder(encoder: str, dtype: str = "float32", device: str | None = None):
+    """Loads a SentenceTransformer whose weights have the dtype named."""
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(encoder), device=device, model_kwargs={"dtype": getattr(torch, dtype)})
+
+
+def _encode(model, texts: list[str], batch_size: int) -> np.ndarray:
+    embeddings = model.encode(texts, batch_size=batch_size, show_progress_bar=False, convert_to_tensor=True).float()
+    norms = embeddings.norm(dim=-1, keepdim=True)
+    if bool((norms - 1).abs().max() < 0.02):  # unit norm up to bfloat16's rounding
+        embeddings = embeddings / norms
+    return embeddings.cpu().numpy()
+
+
+def compress_shards(
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    model: RQMoEModel,
+    column: str = "embeddings",
+    split: str = "train",
+    num_codebooks: int | None = None,
+    num_candidates: int | None = None,
+    beam_size: int | None = None,
+    shard_size: int = 65_536,
+    revision: str | None = None,
+) -> list[Path]:
+    """Compresses embeddings to parquet shards with the column `codes` (and `id` if the source has one).
+
+    The codes are fixed-size lists of uint8, `bytes_per_vector` long. Which quantizer they belong to stands in the
+    files' schema metadata (`codes_info` reads it).
+
+    Args:
+        source: Embeddings; see `rqmoe_hf.data.load_embeddings`.
+        output: Folder for the shards.
+        model: The quantizer.
+        column: Column of the embeddings.
+        split: Split of a Hub data set.
+        num_codebooks: See `RQMoEModel.compress`.
+        num_candidates: See `RQMoEModel.compress`.
+        beam_size: See `RQMoEModel.compress`.
+        shard_size: Vectors per file.
+        revision: Revision of the quantizer on the Hub, for the metadata.
+
+    Returns:
+        The parquet files.
+    """
+    table = None
+    if Path(source).suffix not in (".npy", ".fvecs", ".bvecs"):
+        table = load_table(source, split)
+    dataset = load_embeddings(source if table is None else table, column, split)
+    ids = table.select_columns(["id"]) if table is not None and "id" in table.column_names else None
+    steps = model.config.num_codebooks if num_codebooks is None else num_codebooks
+    search: dict = {"num_codebooks": steps, "num_candidates": num_candidates, "beam_size": beam_size}
+    info = {
+        "model": model.name_or_path,
+        "revision": revision,
+        "weights": weights_checksum(model),
+        "num_codebooks": steps,
+        "codebook_size": model.config.codebook_size,
+    }
+
+    def make(start: int, stop: int) -> pa.Table:
+        codes = model.compress(as_array(dataset, np.arange(start, stop)), **search, show_progress_bar=False)
+        made = pa.table(({} if ids is None else _ids(ids[start:stop])) | {"codes": fixed_size_column(codes)})
+        return made.replace_schema_metadata({CODES_METADATA: json.dumps(info).encode()})
+
+    settings = {"job": "compress", "quantizer": info, **search, "column": column, "source": _fingerprint(dataset)}
+    return write_shards(output, len(dataset), shard_size, settings, make, "compress")
+
+
+def decompress_shards(
+    source: str | os.PathLike, output: str | os.PathLike, model: RQMoEModel, shard_size: int = 16_384
+) -> list[Path]:
+    """Restores embeddings from what [`compress_shards`] wrote: shards with `embeddings` (and `id`).
+
+    Raises:
+        ValueError: If the codes were made by other weights.
+    """
+    info = codes_info(source)
+    if info["weights"] != weights_checksum(model):
+        raise ValueError(
+            f"These codes were made by {info['model']} (weights {info['weights']}), not by {model.name_or_path} "
+            f"(weights {weights_checksum(model)}): load that quantizer."
+        )
+    dataset = load_table(source)
+
+    def make(start: int, stop: int) -> pa.Table:
+        rows = dataset.with_format("arrow")[start:stop]
+        restored = model.decompress(column_array(rows["codes"]), info["num_codebooks"], show_progress_bar=False)
+        ids = {"id": rows["id"]} if "id" in rows.column_names else {}
+        return pa.table(ids | {"embeddings": fixed_size_column(restored)})
+
+    settings = {"job": "decompress", "quantizer": info, "source": _fingerprint(dataset)}
+    return write_shards(output, len(dataset), shard_size, settings, make, "decompress")
+
+
+def codes_info(source: str | os.PathLike) -> dict:
+    """Which quantizer made the codes of a file or folder: model, revision, weights, num_codebooks, codebook_size."""
+    path = Path(source)
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    try:
+        metadata = pq.read_schema(files[0]).metadata if files and files[0].is_file() else None
+    except pa.ArrowInvalid:  # no parquet file
+        metadata = None
+    if not metadata or CODES_METADATA not in metadata:
+        raise ValueError(f"{source} holds no codes of `rqmoe compress`: a parquet file or folder of it is expected.")
+    return json.loads(metadata[CODES_METADATA])
+
+
+def weights_checksum(model: RQMoEModel) -> str:
+    """Sixteen hexadecimal digits that change with any weight: tells whether codes belong to a quantizer."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _ids(rows: dict) -> dict:
+    return {"id": rows["id"]} if "id" in rows else {}
+
+
+def _fingerprint(dataset: Dataset) -> str:
+    """Changes with the content of the data set, not with where its copy in the cache lies."""
+    digest = hashlib.sha256(f"{len(dataset)} {dataset.column_names}".encode())
+    rows = np.unique(np.linspace(0, len(dataset) - 1, 64).astype(int))
+    for column in dataset.select(rows).with_format("arrow")[:].columns:
+        digest.update(repr(column.to_pylist()).encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,129 @@
+"""Embeddings from where users keep them, as `datasets` with one float32 column named `embeddings`."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from faiss.contrib.vecs_io import bvecs_mmap, fvecs_mmap
+
+FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+
+
+def load_table(source: str | os.PathLike, split: str = "train", streaming: bool = False) -> Dataset | IterableDataset:
+    """Opens a table: a file, a folder of parquet files, a folder of `save_to_disk`, or a data set id on the Hub.
+
+    Args:
+        source: Path ending in .parquet, .arrow, .jsonl, .json, .csv or .txt (one text per line), a folder, or an id.
+        split: Split of a Hub data set or of a saved DatasetDict.
+        streaming: Read rows as they come, without a copy in the cache.
+
+    Raises:
+        ValueError: If there is no such source.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            loaded = load_from_disk(str(path))
+            return loaded[split] if isinstance(loaded, DatasetDict) else loaded
+        files = sorted(str(file) for file in path.glob("*.parquet"))
+        if not files:
+            raise ValueError(f"No parquet files in the folder {path}.")
+        return load_dataset("parquet", data_files=files, split="train", streaming=streaming)
+    if path.is_file():
+        builder = "text" if path.suffix == ".txt" else FILE_BUILDERS.get(path.suffix)
+        if builder is None:
+            raise ValueError(f"Cannot read {path}: expected one of .txt, {', '.join(FILE_BUILDERS)} or a folder.")
+        return load_dataset(builder, data_files=str(path), split="train", streaming=streaming)
+    if path.suffix in (*FILE_BUILDERS, ".txt", ".npy", ".fvecs", ".bvecs") or str(source).count("/") > 1:
+        raise ValueError(f"There is no file or folder {source}.")
+    return load_dataset(str(source), split=split, streaming=streaming)
+
+
+def load_embeddings(
+    source: str | os.PathLike | np.ndarray | Dataset | IterableDataset,
+    column: str = "embeddings",
+    split: str = "train",
+    streaming: bool = False,
+) -> Dataset | IterableDataset:
+    """Opens embeddings for training, evaluation or compression.
+
+    Args:
+        source: An array `(n, d)`; a .npy, .fvecs or .bvecs file; anything that [`load_table`] opens; or a data set.
+        column: Column that holds the embeddings.
+        split: Split of a Hub data set.
+        streaming: Return an IterableDataset.
+
+    Returns:
+        A data set whose column `embeddings` gives float32 tensors `(d,)`. Other columns are dropped.
+
+    Raises:
+        ValueError: If the source or the column does not exist, or the rows are no vectors of one length.
+    """
+    path = Path(source) if isinstance(source, (str, os.PathLike)) else None
+    suffix = None if path is None else path.suffix
+    if path is not None and suffix in (".npy", ".fvecs", ".bvecs") and not path.is_file():
+        raise ValueError(f"There is no file {path}.")
+    if path is not None and suffix == ".npy":
+        source = np.load(path, mmap_mode="r", allow_pickle=False)
+    elif suffix in (".fvecs", ".bvecs"):
+        source = (fvecs_mmap if suffix == ".fvecs" else bvecs_mmap)(str(source)).astype(np.float32)
+    if isinstance(source, np.ndarray):
+        dataset = dataset_from_array(source)
+    else:
+        dataset = load_table(source, split, streaming) if isinstance(source, (str, os.PathLike)) else source
+        dataset = _single_column(dataset, column)
+    return dataset.with_format("torch")
+
+
+def dataset_from_array(embeddings: np.ndarray) -> Dataset:
+    """A data set over the array's memory, `(n, d)` floats; only a float32 array in row order is not copied."""
+    if embeddings.ndim != 2 or not np.issubdtype(embeddings.dtype, np.floating) or not embeddings.size:
+        raise ValueError(f"Expected floats of shape (n, d), got {embeddings.dtype} {embeddings.shape}.")
+    values = np.ascontiguousarray(embeddings, dtype=np.float32).reshape(-1)
+    buffer = pa.Array.from_buffers(pa.float32(), len(values), [None, pa.py_buffer(values)])
+    return Dataset(pa.table({"embeddings": pa.FixedSizeListArray.from_arrays(buffer, embeddings.shape[1])}))
+
+
+def as_array(dataset: Dataset, rows: np.ndarray | None = None) -> np.ndarray:
+    """The embeddings of a data set (or of some of its rows), float32 `(n, d)`."""
+    if rows is not None:
+        dataset = dataset.select(rows)
+    table = dataset.with_format("arrow")[:]
+    column = table["embeddings"].combine_chunks()
+    flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
+    if column.null_count or flat.size % len(column) or _uneven(column):
+        raise ValueError("The embeddings are not all vectors of one length: drop missing and cut rows first.")
+    return flat.reshape(len(column), -1)
+
+
+def sample_array(dataset: Dataset | IterableDataset, count: int, seed: int) -> np.ndarray:
+    """Up to `count` random rows (of a stream: its first rows), float32 `(count, d)`."""
+    if isinstance(dataset, IterableDataset):
+        return np.stack([np.asarray(row["embeddings"], dtype=np.float32) for row in dataset.take(count)])
+    if len(dataset) <= count:
+        return as_array(dataset)
+    return as_array(dataset, np.sort(np.random.default_rng(seed).permutation(len(dataset))[:count]))
+
+
+def split_dataset(dataset: Dataset, held_out: int, seed: int) -> tuple[Dataset, Dataset]:
+    """Takes random rows (at most a fifth) out of a data set for evaluation; returns the rest and those."""
+    count = min(held_out, len(dataset) // 5)
+    order = np.random.default_rng(seed).permutation(len(dataset))
+    return dataset.select(np.sort(order[count:])), dataset.select(np.sort(order[:count]))
+
+
+def _single_column(dataset: Dataset | IterableDataset, column: str) -> Dataset | IterableDataset:
+    names = dataset.column_names or list(next(iter(dataset)))
+    if column not in names:
+        raise ValueError(f"There is no column {column!r}; the columns are {', '.join(names)}. Name it with `column`.")
+    dataset = dataset.select_columns([column])
+    return dataset if column == "embeddings" else dataset.rename_column(column, "embeddings")
+
+
+def _uneven(column: pa.Array) -> bool:
+    if pa.types.is_fixed_size_list(column.type):
+        return False
+    lengths = np.diff(column.offsets.to_numpy())
+    return bool((lengths != lengths[0]).any())
