@@ -56,7 +56,9 @@ def embed_texts(
         if not loaded:
             loaded.append(load_encoder(encoder, dtype, device))
         rows = dataset[start:stop]
-        return pa.table(_ids(rows) | {"embeddings": fixed_size_column(_encode(loaded[0], rows[text_column], batch_size))})
+        return pa.table(
+            _ids(rows) | {"embeddings": fixed_size_column(_encode(loaded[0], rows[text_column], batch_size))}
+        )
 
     settings |= {"source": _fingerprint(dataset)}
     return write_shards(output, len(dataset), shard_size, settings, make, "embed")

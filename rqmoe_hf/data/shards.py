@@ -64,7 +64,9 @@ def _claim(output: Path, settings: dict) -> None:
         if found != settings:
             names = [name for name in {**found, **settings} if found.get(name) != settings.get(name)]
             changes = "; ".join(f"{name}: {found.get(name)!r} there, {settings.get(name)!r} now" for name in names)
-            raise ValueError(f"{output} holds the result of another job ({changes}): choose a new folder or delete it.")
+            raise ValueError(
+                f"{output} holds the result of another job ({changes}): choose a new folder or delete it."
+            )
     elif output.is_dir() and any(file.suffix == ".parquet" for file in output.iterdir()):
         raise ValueError(f"{output} holds parquet files that this command did not write: choose a new folder.")
     output.mkdir(parents=True, exist_ok=True)
