@@ -66,7 +66,8 @@ def _add_module(name: str, add) -> None:
         return
     add(name, inspect.getdoc(module))
     for label, value in sorted(vars(module).items()):
-        if label.startswith("_") or getattr(value, "__module__", name) != name:
+        owner = getattr(value, "__module__", None) or name
+        if label.startswith("_") or owner.removeprefix("_") != name:  # csv.reader, say, comes from _csv
             continue
         if inspect.isclass(value) or inspect.isroutine(value):
             add(f"{name}.{label}", inspect.getdoc(value))
