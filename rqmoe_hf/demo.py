@@ -64,6 +64,10 @@ def _add_module(name: str, add) -> None:
             module = __import__(name, fromlist=["_"])
     except Exception:  # modules of other systems, or whose libraries this Python was built without
         return
+    # Submodules first: importing one may replace a function of the same name (curses.has_key).
+    for submodule in pkgutil.iter_modules(getattr(module, "__path__", [])):
+        if not submodule.name.startswith("_") and submodule.name not in SKIPPED | {"tests"}:
+            _add_module(f"{name}.{submodule.name}", add)
     add(name, inspect.getdoc(module))
     for label, value in sorted(vars(module).items()):
         owner = getattr(value, "__module__", None) or name
@@ -73,11 +77,8 @@ def _add_module(name: str, add) -> None:
             add(f"{name}.{label}", inspect.getdoc(value))
         if inspect.isclass(value):
             for method, function in sorted(vars(value).items()):
-                if not method.startswith("_"):
+                if not method.startswith("_") and (inspect.isroutine(function) or isinstance(function, property)):
                     add(f"{name}.{label}.{method}", getattr(function, "__doc__", None))
-    for submodule in pkgutil.iter_modules(getattr(module, "__path__", [])):
-        if not submodule.name.startswith("_") and submodule.name not in SKIPPED | {"tests"}:
-            _add_module(f"{name}.{submodule.name}", add)
 
 
 def default_encoder() -> str:
