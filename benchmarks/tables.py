@@ -35,18 +35,17 @@ def summary() -> str:
 
 
 def quality() -> str:
-    """All methods: error, recall and speed."""
+    """All methods: error and recall."""
     results = environment.load("quality")["methods"]
     lines = [
-        "| method | bytes | MSE | R@1 | R@10 | recall@10 | encode, vectors/s |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| method | bytes | MSE | R@1 | R@10 | recall@10 |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, row in sorted(results.items(), key=lambda item: (item[1]["bytes_per_vector"] > 8, -item[1]["mse"])):
         subset = f" (trained on {row['training_vectors']:,})" if name.startswith("LSQ") else ""
-        speed = f"{row['encode_per_second']:,}" if "encode_per_second" in row else ""
         lines.append(
             f"| {name}{subset} | {row['bytes_per_vector']} | {row['mse']:.3f} | {row['recall_at_1_1']:.3f} | "
-            f"{row['recall_at_1_10']:.3f} | {row['recall_10_at_10']:.3f} | {speed} |"
+            f"{row['recall_at_1_10']:.3f} | {row['recall_10_at_10']:.3f} |"
         )
     return "\n".join(lines)
 
