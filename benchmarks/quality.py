@@ -13,6 +13,7 @@ import environment
 import faiss
 import numpy as np
 
+from rqmoe_hf import bytes_per_vector
 from rqmoe_hf.bundled import load_quantizer
 from rqmoe_hf.data import as_array, load_embeddings
 from rqmoe_hf.evaluation import evaluate, nearest_neighbors, recalls, split_queries
@@ -56,16 +57,16 @@ def measure_bundled(name: str, test: np.ndarray, beams: tuple[int, ...]) -> dict
     """The bundled quantizer at 8 bytes and at full length; shorter codes are encoded as such, not cut."""
     model = load_quantizer(name)
     queries, database = split_queries(test)
+    truth = nearest_neighbors(queries, database, 10)
     results = {}
     for steps in (model.config.num_codebooks // 2, model.config.num_codebooks):
         for beam in beams:
             start = time.perf_counter()
             restored = model.decompress(model.compress(database, num_codebooks=steps, beam_size=beam), steps)
             seconds = time.perf_counter() - start
-            truth, found = nearest_neighbors(queries, database, 10), nearest_neighbors(queries, restored, 10)
-            size = -(-steps * model.config.bits_per_code // 8)
+            found = nearest_neighbors(queries, restored, 10)
             results[f"{name}, {steps} codes, beam {beam}"] = {
-                "bytes_per_vector": size,
+                "bytes_per_vector": bytes_per_vector(steps, model.config.codebook_size),
                 "bits": steps * model.config.bits_per_code,
                 "mse": float(np.square(database - restored).sum(axis=1).mean()),
                 **dict(

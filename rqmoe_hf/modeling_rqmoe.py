@@ -17,7 +17,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from .codes import check_codes, pack_codes, unpack_codes
+from .codes import bytes_per_vector, check_codes, pack_codes, unpack_codes
 from .configuration_rqmoe import RQMoEConfig
 from .encoding_rqmoe import Tables, build_tables, decode_codes, encode_vectors
 
@@ -329,7 +329,7 @@ class RQMoEModel(RQMoEPreTrainedModel):
         embeddings = np.asarray(embeddings) if not isinstance(embeddings, np.ndarray) else embeddings
         self._check_embeddings(embeddings)
         steps = self._search_settings(num_candidates, beam_size, exact, num_codebooks)["num_codebooks"]
-        size = -(-steps * self.config.bits_per_code // 8)
+        size = bytes_per_vector(steps, self.config.codebook_size)
         packed = np.empty((len(embeddings), size), dtype=np.uint8)
         for start, stop in _batches(len(embeddings), batch_size, "compress", show_progress_bar):
             batch = torch.from_numpy(np.array(embeddings[start:stop], dtype=np.float32))  # a copy: may be read-only
@@ -392,9 +392,11 @@ class RQMoEModel(RQMoEPreTrainedModel):
 
     def _packed_steps(self, codes: np.ndarray, num_codebooks: int | None) -> int:
         """How many codes per vector the packed `codes` hold."""
-        bits, steps = self.config.bits_per_code, self.config.num_codebooks
+        steps, codewords = self.config.num_codebooks, self.config.codebook_size
         size = codes.shape[1] if isinstance(codes, np.ndarray) and codes.ndim == 2 and codes.dtype == np.uint8 else 0
-        fitting = [m for m in range(1, steps + 1) if -(-m * bits // 8) == size and num_codebooks in (None, m)]
+        fitting = [
+            m for m in range(1, steps + 1) if bytes_per_vector(m, codewords) == size and num_codebooks in (None, m)
+        ]
         if not fitting or not len(codes):
             raise ValueError(
                 f"decompress expects packed codes, uint8 (n, {self.config.bytes_per_vector}) or those of a prefix, "
