@@ -1,15 +1,18 @@
-"""The engine: encodes and decodes with tables that depend on the weights only. Pure functions over tensors.
+"""The engine: tables that depend on the weights only, and encoding with them. Pure functions over tensors.
 
 Every function of a codeword alone is computed once per weight version and looked up: its share of the first expert
 layer and of the gate. The share of the condition is computed once per partial code and is common to all of its
 candidates. What is left per candidate is one addition, the activation and the last expert layer.
 
 Shapes use n vectors, b partial codes per vector (the beam), K codewords, d hidden_size, c condition_size,
-S = M - 1 steps with experts, N experts, H intermediate_size, and w = N * H + gate width (+ d with several layers).
+S = M - 1 steps with experts, N experts, H intermediate_size, L expert layers, of which the first F are evaluated from
+looked-up features: all L where the products of later with earlier layers are small ("folded"), else one. The features
+have the width w = F * N * H + gate width (+ d where F < L).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -30,15 +33,18 @@ class Tables:
     proxy: torch.Tensor  # (S, d, K) float32: -2 times the proxy codewords (see `_fill_proxy`), ready for distances
     proxy_norms: torch.Tensor  # (S, K) float32, the squared norms of the proxy codewords
     instructions: torch.Tensor | None  # (S, K, c); None if the condition is the reconstruction
-    features: torch.Tensor | None  # (S, K, w), the codeword's share of [first layer | gate | hidden]; None: additive
+    features: torch.Tensor | None  # (S, K, w), the codeword's share of [F layers | gate | hidden]; None: additive
     condition_proj: torch.Tensor | None  # (S, c, d + w): condition to [offset | its share of the features]
     gate_proj: torch.Tensor | None  # (S, H, N), second layer of an MLP gate
-    inner_up: torch.Tensor | None  # (S, L - 1, N, d, H), first matrices of the later layers
-    inner_down: torch.Tensor | None  # (S, L - 1, N, H, d), second matrices of the earlier layers
+    inner_up: torch.Tensor | None  # (S, L - 1, N, d, H), first matrices of the later layers, where F < L
+    inner_down: torch.Tensor | None  # (S, L - 1, N, H, d), second matrices of the earlier layers, where F < L
+    across: dict[tuple[int, int], torch.Tensor] | None  # (earlier, later): (S, N, H, H), later first @ earlier second
     output_scale: torch.Tensor | None  # (S, 1, d)
-    down: torch.Tensor | None  # (S, N * H, d), second matrix of the last layer, scaled
+    down: torch.Tensor | None  # (S, F * N * H, d), second matrices of the last F layers, scaled
+    decoding: Any = None  # what decoding_rqmoe derives from these tables, on first use
     num_experts: int = 0
-    inner_size: int = 0  # N * H
+    inner_size: int = 0  # F * N * H
+    intermediate_size: int = 0
 
 
 def build_tables(
@@ -58,7 +64,7 @@ def build_tables(
         codebooks = codebooks.to(exact)
         if experts is None:
             steps = codebooks[1:]
-            return Tables(codebooks[0], steps, -2 * steps.mT.contiguous(), steps.square().sum(-1), *[None] * 8)
+            return Tables(codebooks[0], steps, -2 * steps.mT.contiguous(), steps.square().sum(-1), *[None] * 9)
         weights = {name: weight.to(exact) for name, weight in experts.named_parameters(recurse=False)}
         tables = _expert_tables(codebooks, weights, experts.residual, dtype)
         tables.instructions = None if instructions is None else instructions.to(dtype)
@@ -71,8 +77,10 @@ def _expert_tables(
 ) -> Tables:
     """All tables but the instructions and the proxy."""
     codewords, up, down = codebooks[1:], weights["up_proj"], weights["down_proj"]
-    layers, experts, width = up.shape[1:4]
-    first_up = up[:, 0].flatten(1, 2)  # (S, N * H, d)
+    layers, experts, width, size = up.shape[1:]
+    # Folding replaces 2 * (L - 1) * d * H multiplications by (L - 1) * (L * H / 2 + d) * H, and saves passes over d.
+    folded = layers > 1 and layers * width <= 2 * size
+    first_up = up[:, : layers if folded else 1].flatten(1, 3)  # (S, F * N * H, d)
     conditioned = codewords @ weights["codeword_proj"].mT + weights["bias"][:, None]  # (S, K, d)
     scale = weights["output_scale"][:, None]  # (S, 1, d)
     gate = weights.get("gate_up_proj", weights.get("gate_proj"))
@@ -82,7 +90,7 @@ def _expert_tables(
         projections.append(gate @ weights["condition_proj"])
     if "gate_bias" in weights:
         features[1] += weights["gate_bias"][:, None]
-    if layers > 1:
+    if layers > 1 and not folded:
         features.append(conditioned)
         projections.append(weights["condition_proj"])
     offset = scale.mT * weights["condition_proj"]  # (S, d, c)
@@ -95,12 +103,20 @@ def _expert_tables(
         features=torch.cat(features, dim=-1).to(dtype),
         condition_proj=torch.cat([offset, *projections], dim=1).mT.to(dtype).contiguous(),
         gate_proj=weights["gate_proj"].mT.to(dtype).contiguous() if "gate_up_proj" in weights else None,
-        inner_up=up[:, 1:].mT.to(dtype).contiguous() if layers > 1 else None,
-        inner_down=down[:, :-1].mT.to(dtype).contiguous() if layers > 1 else None,
+        inner_up=up[:, 1:].mT.to(dtype).contiguous() if layers > 1 and not folded else None,
+        inner_down=down[:, :-1].mT.to(dtype).contiguous() if layers > 1 and not folded else None,
+        across={
+            (earlier, later): (up[:, later] @ down[:, earlier]).mT.to(dtype).contiguous()
+            for later in range(layers)
+            for earlier in range(later)
+        }
+        if folded
+        else None,
         output_scale=scale.to(dtype),
-        down=(scale[:, None] * down[:, -1].mT).flatten(1, 2).to(dtype).contiguous(),
+        down=(scale[:, None, None] * down[:, 0 if folded else -1 :].mT).flatten(1, 3).to(dtype).contiguous(),
         num_experts=experts,
-        inner_size=experts * width,
+        inner_size=first_up.shape[1],
+        intermediate_size=width,
     )
 
 
@@ -134,21 +150,44 @@ def deform(tables: Tables, steps: slice, codes: torch.Tensor, shared: torch.Tens
     Returns:
         `(m, r, d)`, float32 (float64 if the tables are).
     """
-    base = _look_up(tables.base[steps], codes)
-    size, experts = base.shape[-1], tables.num_experts
-    features = _look_up(tables.features[steps], codes).add_(shared[..., size:])
+    base = look_up(tables.base[steps], codes)
+    features = look_up(tables.features[steps], codes).add_(shared[..., base.shape[-1] :])
+    return base.add_(mix(tables, steps, features))
+
+
+def mix(tables: Tables, steps: slice, features: torch.Tensor) -> torch.Tensor:
+    """Runs gate and experts on features `(m, r, w)`: the part of a codeword that is not linear, `(m, r, d)`."""
+    size, experts = tables.down.shape[-1], tables.num_experts
     inner = features[..., : tables.inner_size]
     gate_width = features.shape[-1] - tables.inner_size - (0 if tables.inner_up is None else size)
     gate = features[..., tables.inner_size : tables.inner_size + gate_width]
     if tables.gate_proj is not None:
         gate = F.relu(gate) @ tables.gate_proj[steps]
     weights = gate.softmax(dim=-1)[..., None] if gate_width else None  # (m, r, N, 1)
-    inner = F.relu(inner).unflatten(-1, (experts, -1))  # (m, r, N, H)
-    if tables.inner_up is not None:
-        inner, skipped = _later_layers(tables, steps, inner, features[..., -size:], weights)
-        base += skipped.mul_(tables.output_scale[steps])
-    inner = inner if weights is None else inner.mul_(weights)
-    return base.add_(inner.flatten(-2) @ tables.down[steps])
+    inner = inner.unflatten(-1, (-1, experts, tables.intermediate_size))  # (m, r, F, N, H)
+    inner = F.relu(inner) if tables.across is None else _folded_layers(tables.across, steps, inner)
+    if tables.inner_up is None:
+        inner = inner if weights is None else inner.mul_(weights[..., None, :, :])
+        return inner.flatten(-3) @ tables.down[steps]
+    last, skipped = _later_layers(tables, steps, inner[..., 0, :, :], features[..., -size:], weights)
+    last = last if weights is None else last.mul_(weights)
+    return skipped.mul_(tables.output_scale[steps]) + last.flatten(-2) @ tables.down[steps]
+
+
+def _folded_layers(across: dict[tuple[int, int], torch.Tensor], steps: slice, features: torch.Tensor) -> torch.Tensor:
+    """Activations of all layers, `(m, r, L, N, H)`, from what codeword and condition give each of them, same shape.
+
+    What an earlier layer adds to the hidden vector reaches a later layer through the product of their two matrices,
+    so the hidden vector itself is never formed.
+    """
+    active = torch.empty_like(features, memory_format=torch.contiguous_format)
+    for layer in range(features.shape[2]):
+        for expert in range(features.shape[3]):
+            state = features[:, :, layer, expert]
+            for earlier in range(layer):
+                state = torch.baddbmm(state, active[:, :, earlier, expert], across[earlier, layer][steps, expert])
+            active[:, :, layer, expert] = state.relu()
+    return active
 
 
 def _later_layers(
@@ -312,43 +351,7 @@ def _smallest(values: torch.Tensor, count: int, tolerance: torch.Tensor) -> tupl
     return indices[:, :-1], smallest[:, -1] - smallest[:, -2] < tolerance
 
 
-def decode_codes(codes: torch.Tensor, tables: Tables) -> torch.Tensor:
-    """Decodes codes `(n, m)` to standardised float32 vectors `(n, d)`; all steps in parallel where the model can."""
-    steps = codes.shape[1] - 1
-    codes = codes.long()
-    size = tables.first.shape[1]
-    features = 0 if tables.features is None else tables.features.shape[-1]
-    per_vector = 4 * max(1, steps) * (3 * size + 2 * features)
-    budget = CPU_CHUNK_BYTES if codes.device.type == "cpu" else DEVICE_CHUNK_BYTES
-    output = torch.empty(len(codes), size, dtype=torch.float32, device=codes.device)
-    with torch.autocast(codes.device.type, enabled=False):
-        for part in torch.arange(len(codes), device=codes.device).split(max(1, budget // per_vector)):
-            chunk = slice(int(part[0]), int(part[-1]) + 1)
-            output[chunk] = _decode_chunk(codes[chunk], tables, steps)
-    return output
-
-
-def _decode_chunk(codes: torch.Tensor, tables: Tables, steps: int) -> torch.Tensor:
-    output = tables.first[codes[:, 0]]
-    if not steps:
-        return output
-    later = codes[:, 1:].T  # (S, n)
-    if tables.features is None:
-        return output + _look_up(tables.base[:steps], later).sum(dim=0)
-    size = output.shape[1]
-    if tables.instructions is not None:
-        instructions = _look_up(tables.instructions[:steps], codes[:, :-1].T).cumsum(dim=0)  # (S, n, c)
-        shared = instructions @ tables.condition_proj[:steps]
-        deformed = deform(tables, slice(steps), later, shared).add_(shared[..., :size])
-        return output + deformed.sum(dim=0)
-    for step in range(steps):
-        shared = output.to(tables.condition_proj.dtype)[None] @ tables.condition_proj[step]
-        deformed = deform(tables, slice(step, step + 1), later[step : step + 1], shared)
-        output = output + deformed[0] + shared[0, :, :size]
-    return output
-
-
-def _look_up(tables: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+def look_up(tables: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     """Rows of stacked tables: `(m, K, w)` and `(m, r)` to `(m, r, w)`."""
     if len(tables) == 1:
         return tables[0].index_select(0, codes[0])[None]

@@ -19,7 +19,8 @@ from transformers.utils.generic import can_return_tuple
 
 from .codes import bytes_per_vector, check_codes, pack_codes, unpack_codes
 from .configuration_rqmoe import RQMoEConfig
-from .encoding_rqmoe import Tables, build_tables, decode_codes, encode_vectors
+from .decoding_rqmoe import decode_codes
+from .encoding_rqmoe import Tables, build_tables, encode_vectors
 
 PROGRESS_BAR_FROM = 100_000  # vectors; below this, compress and decompress are silent unless asked
 

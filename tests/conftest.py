@@ -13,22 +13,25 @@ from rqmoe_hf import RQMoEConfig, RQMoEModel
 
 SIZE, STEPS, CODEWORDS = 16, 4, 20
 COMMON = {"hidden_size": SIZE, "num_codebooks": STEPS, "codebook_size": CODEWORDS, "intermediate_size": 8}
-MEMBERS = {
+MEMBERS = {  # the engine folds up to four expert layers at these sizes: two and three are folded, five are not
     "additive": RQMoEConfig.additive(**COMMON),
     "paper": RQMoEConfig(**COMMON, num_experts=3, instruction_size=5),
-    "paper-deep": RQMoEConfig(**COMMON, num_experts=2, num_expert_layers=3),
+    "paper-deep": RQMoEConfig(**COMMON, num_experts=2, num_expert_layers=5),
     "official": RQMoEConfig.official(**COMMON, num_experts=2, num_expert_layers=2),
-    "qinco": RQMoEConfig.qinco(**COMMON, num_expert_layers=2),
+    "qinco": RQMoEConfig.qinco(**COMMON, num_expert_layers=3),
 }
 
 
 def randomize(model: RQMoEModel, seed: int = 0) -> RQMoEModel:
     """Gives all weights values at which experts, gate and instructions matter."""
     generator = torch.Generator().manual_seed(seed)
+    layers = model.config.num_expert_layers
     with torch.no_grad():
         for name, weight in model.named_parameters():
             fan_in = 1 if weight.ndim < 3 or name in ("codebooks", "instructions") else weight.shape[-1]
             weight.copy_(torch.randn(weight.shape, generator=generator) * fan_in**-0.5)
+        if model.experts is not None:
+            model.experts.down_proj.div_(layers if layers > 2 else 1)  # deep stacks of random layers would blow up
         if model.experts is not None and model.config.residual:
             model.experts.output_scale.mul_(0.5)
         model.mean.copy_(torch.randn(model.mean.shape, generator=generator))

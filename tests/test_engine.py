@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import randomize
+from conftest import CODEWORDS, MEMBERS, STEPS, randomize
 from torch.nn import functional as F
 
 from rqmoe_hf import RQMoEConfig, RQMoEModel
@@ -162,3 +162,13 @@ def test_any_codebook_size(codebook_size):
     found = model.encode(torch.from_numpy(vectors))
     np.testing.assert_allclose(model.decompress(packed), found.reconstruction.numpy(), atol=1e-5)
     assert found.codes.max() < codebook_size
+
+
+@pytest.mark.parametrize("name", ["paper", "paper-deep", "official"])
+def test_a_model_too_large_for_row_tables_decodes_alike(name, monkeypatch):
+    model = randomize(RQMoEModel(MEMBERS[name]))
+    codes = torch.randint(CODEWORDS, (50, STEPS))
+    by_lookup = model.decode(codes).reconstruction
+    monkeypatch.setattr("rqmoe_hf.decoding_rqmoe.MAX_LOOKUP_BYTES", 0)
+    model.train().eval()  # forgets the tables
+    torch.testing.assert_close(model.decode(codes).reconstruction, by_lookup, atol=1e-5, rtol=0)
