@@ -1,40 +1,18 @@
 """What every results file records: machine, versions, date."""
 
-import datetime
 import json
 import os
-import platform
 from pathlib import Path
 
-import faiss
-import numpy as np
-import torch
-import transformers
-
 import rqmoe_hf
+from rqmoe_hf.record import describe_machine
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def describe() -> dict:
     """Processor, threads, versions and date of this run."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    processor = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    return {
-        "date": datetime.date.today().isoformat(),
-        "processor": processor,
-        "bf16_instructions": "avx512_bf16" in flags or "amx_bf16" in flags,
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "faiss_threads": faiss.omp_get_max_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "faiss": faiss.__version__,
-        "transformers": transformers.__version__,
-        "numpy": np.__version__,
-        "rqmoe_hf": rqmoe_hf.__version__,
-    }
+    return describe_machine() | {"rqmoe_hf": rqmoe_hf.__version__}
 
 
 def save(name: str, results: dict) -> None:

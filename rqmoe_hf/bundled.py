@@ -16,13 +16,11 @@ def bundled_quantizers() -> dict[str, Path]:
     return {}
 
 
-def load_quantizer(name: str, dtype: str = "float32", revision: str | None = None) -> RQMoEModel:
-    """Loads a quantizer by its bundled name, its folder or its Hub id.
+def quantizer_source(name: str) -> str:
+    """The folder or Hub id behind a bundled name, a folder or a Hub id.
 
-    Args:
-        name: For example "minilm-384", "runs/mine" or "org/name".
-        dtype: Of the experts' arithmetic: "float32", or "bfloat16" where the processor has it.
-        revision: Branch, tag or commit on the Hub.
+    Raises:
+        ValueError: If it can be none of them.
     """
     bundled = bundled_quantizers()
     folder = Path(name)
@@ -33,6 +31,17 @@ def load_quantizer(name: str, dtype: str = "float32", revision: str | None = Non
         )
     if name not in bundled and folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"The folder {name} holds no quantizer: it has no config.json.")
-    source = str(bundled.get(name, name))
+    return str(bundled.get(name, name))
+
+
+def load_quantizer(name: str, dtype: str = "float32", revision: str | None = None) -> RQMoEModel:
+    """Loads a quantizer by its bundled name, its folder or its Hub id.
+
+    Args:
+        name: For example "minilm-384", "runs/mine" or "org/name".
+        dtype: Of the experts' arithmetic: "float32", or "bfloat16" where the processor has it.
+        revision: Branch, tag or commit on the Hub.
+    """
+    source = quantizer_source(name)
     model = RQMoEModel.from_pretrained(source, dtype=getattr(torch, dtype), revision=revision or "main")
     return model.eval()

@@ -301,6 +301,14 @@ class RQMoEModel(RQMoEPreTrainedModel):
             return errors.sum(dim=1).mean() / self.config.hidden_size
         return errors[:, -1].mean() / self.config.hidden_size
 
+    def push_to_hub(self, repo_id: str, **kwargs):  # type: ignore[override]
+        """Sends weights, config, evaluation and card to the Hub in one commit; see `rqmoe_hf.hub.push_quantizer`."""
+        try:
+            from rqmoe_hf.hub import push_quantizer
+        except ImportError:  # this file came with trust_remote_code and the package is not installed
+            return super().push_to_hub(repo_id, **kwargs)  # type: ignore[arg-type]
+        return push_quantizer(self, repo_id, **kwargs)
+
     # --- numpy ---------------------------------------------------------------------------------------------------
 
     def compress(

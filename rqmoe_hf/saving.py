@@ -1,5 +1,6 @@
-"""Writing a checkpoint so that it is whole or not there."""
+"""Writing a checkpoint so that it is whole or not there, and telling its weights from others."""
 
+import hashlib
 import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,3 +40,19 @@ def save_whole(
             (Path(scratch) / name).write_text(text, "utf-8")
         for file in sorted(Path(scratch).iterdir(), key=lambda file: file.name == "config.json"):
             os.replace(file, folder / file.name)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes a text file so that it is whole or not there."""
+    scratch = file.with_name(f".{file.name}.tmp")
+    scratch.write_text(text, "utf-8")
+    os.replace(scratch, file)
+
+
+def weights_checksum(model: RQMoEModel) -> str:
+    """Sixteen hexadecimal digits that change with any weight: tells whether codes belong to a quantizer."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

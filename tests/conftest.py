@@ -5,12 +5,20 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
+import subprocess
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from hub_server import HubServer
 
 from rqmoe_hf import RQMoEConfig, RQMoEModel
 
+ROOT = Path(__file__).parent.parent
 SIZE, STEPS, CODEWORDS = 16, 4, 20
 COMMON = {"hidden_size": SIZE, "num_codebooks": STEPS, "codebook_size": CODEWORDS, "intermediate_size": 8}
 MEMBERS = {  # the engine folds up to four expert layers at these sizes: two and three are folded, five are not
@@ -77,3 +85,26 @@ def passages() -> list[str]:
     from rqmoe_hf.demo import collect_documentation
 
     return [text[:200] for text in collect_documentation()[1][:256]]
+
+
+@pytest.fixture(scope="session")
+def hub(encoder):
+    """A Hub that holds the real encoder, so that documentation runs on it word for word."""
+    with HubServer() as server:
+        server.put_folder("sentence-transformers/all-MiniLM-L6-v2", encoder)
+        yield server
+
+
+@pytest.fixture
+def client(hub, tmp_path):
+    """Runs Python code in a new process that sees this Hub, with an empty cache unless told otherwise."""
+    hub.drop.clear()
+
+    def run(code: str, home: str = "home", check: bool = True, python_flags: Sequence[str] = (), **variables):
+        environment = {**os.environ, **hub.environment(tmp_path / home), "PYTHONPATH": str(ROOT), **variables}
+        command = [sys.executable, *python_flags, "-c", textwrap.dedent(code)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+        assert not check or done.returncode == 0, done.stderr[-3000:]
+        return done
+
+    return run

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from rqmoe_hf.cli import app
 
-VERBS = ["demo", "embed", "train", "compress", "decompress", "evaluate", "convert", "info"]
+VERBS = ["demo", "embed", "train", "compress", "decompress", "evaluate", "push", "info", "convert"]
 
 
 def rqmoe(*arguments: str) -> subprocess.CompletedProcess:
@@ -50,9 +50,14 @@ def test_train_evaluate_compress_decompress_info(clustered, tmp_path):
     report = tmp_path / "report.json"
     measured = rqmoe("evaluate", str(tmp_path / "test.npy"), "--model", model, "--prefixes", "--json", str(report))
     assert measured.returncode == 0, measured.stderr
-    rows = json.loads(report.read_text())
+    rows = json.loads(report.read_text())["reports"]
     assert [row["num_codebooks"] for row in rows] == [1, 2, 3]
     assert rows[0]["mse"] > rows[1]["mse"] > rows[2]["mse"]
+
+    assert "Verdict: trust it" in measured.stdout  # held out of the same collection
+    folder = {file.name for file in (tmp_path / "model").iterdir() if file.is_file()}
+    assert folder == {"README.md", "config.json", "evaluation.json", "model.safetensors", "training.json",
+                      "training_log.json"}  # fmt: skip
 
     codes, restored = str(tmp_path / "codes"), str(tmp_path / "restored")
     assert rqmoe("compress", str(tmp_path / "test.npy"), "-o", codes, "--model", model).returncode == 0
@@ -101,6 +106,9 @@ def test_convert(clustered, tmp_path):
     ("arguments", "message"),
     [
         (["info", "no-such-quantizer"], "There is no quantizer 'no-such-quantizer'"),
+        (["evaluate", "--model", "minilm-384"], "Give embeddings, or --texts, to measure on"),
+        (["evaluate", "--model", "minilm-384", "--texts", "none.txt"], "no file or folder none.txt"),
+        (["push", "no-such-quantizer", "org/name"], "There is no quantizer 'no-such-quantizer'"),
         (["compress", "none.npy", "-o", "codes", "--model", "minilm-384"], "There is no file none.npy"),
         (["train", "-o", "run"], "Give either --embeddings, or --texts and --encoder"),
         (["convert", "none.pt", "-o", "out", "--format", "official"], "--scale belongs to --format official"),

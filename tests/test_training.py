@@ -35,8 +35,9 @@ def arguments(output: Path, **kwargs) -> RQMoETrainingArguments:
 def test_training_lowers_the_error_of_held_out_vectors(clustered, tmp_path, bf16):
     train, held_out = clustered[1000:], clustered[:1000]
     config = RQMoEConfig(**CONFIG, training_loss="last_step")
-    start = initialize(RQMoEModel(config), train).eval()
-    model = train_quantizer(config, load_embeddings(train), load_embeddings(held_out), arguments(tmp_path, bf16=bf16))
+    args = arguments(tmp_path, bf16=bf16)
+    start = initialize(RQMoEModel(config), train, seed=args.seed).eval()  # where the run itself starts
+    model = train_quantizer(config, load_embeddings(train), load_embeddings(held_out), args)
     assert mse(model, held_out) < 0.95 * mse(start, held_out)
     saved = RQMoEModel.from_pretrained(tmp_path)
     assert mse(saved, held_out) == mse(model, held_out)
@@ -93,7 +94,7 @@ def test_training_from_a_stream(clustered, tmp_path):
         tmp_path / "run", max_steps=60, eval_strategy="steps", save_strategy="steps", eval_steps=30, save_steps=30
     )
     config = RQMoEConfig(**CONFIG, training_loss="last_step")
-    start = initialize(RQMoEModel(config), clustered).eval()
+    start = initialize(RQMoEModel(config), clustered, seed=args.seed).eval()  # where the run itself starts
     model = train_quantizer(config, stream, load_embeddings(clustered[:500]), args)
     assert mse(model, clustered[:500]) < mse(start, clustered[:500])
 

@@ -10,6 +10,7 @@ from .demo import demo
 from .embed import embed
 from .evaluate import evaluate
 from .info import info
+from .push import push
 from .train import train
 
 app = typer.Typer(
@@ -18,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Compress sentence embeddings to 8 to 64 bytes each. Start with `rqmoe demo`.",
 )
-for command in (demo, embed, train, compress, decompress, evaluate, convert, info):
+for command in (demo, embed, train, compress, decompress, evaluate, push, info, convert):
     app.command()(command)
 
 

@@ -5,15 +5,19 @@ from typing import Annotated
 
 import typer
 
+from .options import Revision
+
 
 def info(
     name: Annotated[
         str | None,
         typer.Argument(help="Quantizer, or codes of `rqmoe compress`. Default: list the bundled quantizers."),
     ] = None,
+    revision: Revision = None,
 ) -> None:
     """Show what a quantizer is, or which quantizer made some codes."""
-    from ..bundled import bundled_quantizers, load_quantizer
+    from ..bundled import bundled_quantizers, load_quantizer, quantizer_source
+    from ..record import load_record
 
     if name is None:
         for bundled, folder in bundled_quantizers().items():
@@ -25,7 +29,7 @@ def info(
 
         rows = codes_info(name)
     else:
-        model = load_quantizer(name)
+        model = load_quantizer(name, revision=revision)
         config = model.config
         rows = {
             "base encoder": config.base_model,
@@ -38,5 +42,14 @@ def info(
             "default search": f"{config.num_candidates} candidates, beam {config.beam_size}",
             "initialised": model.is_initialized,
         }
+        record = load_record(quantizer_source(name), revision)
+        if record is not None:
+            whole = record.whole
+            rows["MSE"] = f"{whole['mse']:.4g} (storing the mean only: {record.variance:.4g})"
+            rows["recall@10"] = f"{whole['recall_10_at_10']:.3f} among {record.num_vectors:,} vectors"
+            rows["speed"] = (
+                f"{record.speed['encode_per_second']:,} encoded, {record.speed['decode_per_second']:,} decoded per "
+                f"second ({record.environment['torch_threads']} threads, {record.environment['processor']})"
+            )
     for label, value in rows.items():
         print(f"{label:>18}  {value}")

@@ -78,6 +78,7 @@ def train(
     bf16: Annotated[bool, typer.Option(help="bfloat16 arithmetic where it is safe.")] = False,
     half_size: Annotated[bool, typer.Option(help="Round the result to bfloat16 values: half the file.")] = False,
     tensorboard: Annotated[bool, typer.Option(help="Log to TensorBoard (needs the package tensorboard).")] = False,
+    description: Annotated[str | None, typer.Option(help="What the texts are, in words, for the card.")] = None,
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
 ) -> None:
     """Train a quantizer on embeddings, or on texts and an encoder. A run that was stopped continues.
@@ -87,6 +88,7 @@ def train(
     from ..bundled import load_quantizer
     from ..data import embed_texts, load_embeddings
     from ..data.sources import split_dataset
+    from ..hub import write_card
     from ..training import RQMoETrainingArguments, train_quantizer
 
     if (embeddings is None) == (texts is None) or (texts is not None and encoder is None):
@@ -134,9 +136,14 @@ def train(
         report_to="tensorboard" if tensorboard else "none",
         seed=seed,
     )
-    train_quantizer(model, dataset, held_out, args, init.value, init_sample_size, init_beam_size, half_size)
+    train_quantizer(
+        model, dataset, held_out, args, init.value, init_sample_size, init_beam_size, half_size, description
+    )
     if args.process_index == 0:
-        print(f"The quantizer is in {output}; try `rqmoe evaluate {embeddings} --model {output} --limit 10000`.")
+        write_card(output)
+        print(
+            f"The quantizer, its evaluation and its card are in {output}; `rqmoe push {output} org/name` shares them."
+        )
 
 
 def build_config(member: Member, **settings):

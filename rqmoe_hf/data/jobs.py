@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 
 from ..modeling_rqmoe import RQMoEModel
+from ..saving import weights_checksum
 from .shards import column_array, fixed_size_column, write_shards
 from .sources import as_array, load_embeddings, load_table
 
@@ -57,7 +58,7 @@ def embed_texts(
             loaded.append(load_encoder(encoder, dtype, device))
         rows = dataset[start:stop]
         return pa.table(
-            _ids(rows) | {"embeddings": fixed_size_column(_encode(loaded[0], rows[text_column], batch_size))}
+            _ids(rows) | {"embeddings": fixed_size_column(encode_batches(loaded[0], rows[text_column], batch_size))}
         )
 
     settings |= {"source": _fingerprint(dataset)}
@@ -71,8 +72,10 @@ def load_encoder(encoder: str, dtype: str = "float32", device: str | None = None
     return SentenceTransformer(str(encoder), device=device, model_kwargs={"dtype": getattr(torch, dtype)})
 
 
-def _encode(model, texts: list[str], batch_size: int) -> np.ndarray:
-    embeddings = model.encode(texts, batch_size=batch_size, show_progress_bar=False, convert_to_tensor=True).float()
+def encode_batches(model, texts: list[str], batch_size: int, show_progress_bar: bool = False) -> np.ndarray:
+    """Embeds texts, float32 `(n, d)`; unit norms that bfloat16 has blurred are restored."""
+    tensors = model.encode(texts, batch_size=batch_size, show_progress_bar=show_progress_bar, convert_to_tensor=True)
+    embeddings = tensors.float()
     norms = embeddings.norm(dim=-1, keepdim=True)
     if bool((norms - 1).abs().max() < 0.02):  # unit norm up to bfloat16's rounding
         embeddings = embeddings / norms
@@ -124,6 +127,7 @@ def compress_shards(
         "weights": weights_checksum(model),
         "num_codebooks": steps,
         "codebook_size": model.config.codebook_size,
+        "hidden_size": model.config.hidden_size,
     }
 
     def make(start: int, stop: int) -> pa.Table:
@@ -144,11 +148,7 @@ def decompress_shards(
         ValueError: If the codes were made by other weights.
     """
     info = codes_info(source)
-    if info["weights"] != weights_checksum(model):
-        raise ValueError(
-            f"These codes were made by {info['model']} (weights {info['weights']}), not by {model.name_or_path} "
-            f"(weights {weights_checksum(model)}): load that quantizer."
-        )
+    check_quantizer(info, model)
     dataset = load_table(source)
 
     def make(start: int, stop: int) -> pa.Table:
@@ -174,13 +174,15 @@ def codes_info(source: str | os.PathLike) -> dict:
     return json.loads(metadata[CODES_METADATA])
 
 
-def weights_checksum(model: RQMoEModel) -> str:
-    """Sixteen hexadecimal digits that change with any weight: tells whether codes belong to a quantizer."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def check_quantizer(info: dict, quantizer: RQMoEModel) -> None:
+    """Raises a ValueError if codes, of which `codes_info` says `info`, are not those of a quantizer."""
+    weights = weights_checksum(quantizer)
+    if info["weights"] != weights:
+        at = f" at revision {info['revision']}" if info.get("revision") else ""
+        raise ValueError(
+            f"These codes were made by {info['model']}{at} (weights {info['weights']}), not by "
+            f"{quantizer.name_or_path or 'this quantizer'} (weights {weights}): load that quantizer."
+        )
 
 
 def _ids(rows: dict) -> dict:

@@ -2,19 +2,21 @@
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from datasets import Dataset, IterableDataset
 from transformers import TrainingArguments, set_seed
 
 from ..configuration_rqmoe import RQMoEConfig
-from ..data.sources import sample_array
+from ..data.sources import as_array, sample_array
 from ..modeling_rqmoe import RQMoEModel
+from ..record import RECORD_FILE, TRAINING_FILE, measure
 from ..saving import round_weights, save_whole
 from .initialization import initialize
-from .trainer import RQMoETrainer, RQMoETrainingArguments, last_complete_checkpoint
+from .trainer import MAX_EVALUATION_VECTORS, RQMoETrainer, RQMoETrainingArguments, last_complete_checkpoint
 
 STATISTICS_ROWS = 200_000  # mean and scale of a larger set are those of a sample
 
@@ -28,6 +30,7 @@ def train_quantizer(
     init_sample_size: int = 65_536,
     init_beam_size: int = 5,
     half_size: bool = False,
+    description: str | None = None,
 ) -> RQMoEModel:
     """Initialises and trains a quantizer, and saves it to `args.output_dir`.
 
@@ -43,6 +46,10 @@ def train_quantizer(
         init_sample_size: See [`initialize`].
         init_beam_size: See [`initialize`].
         half_size: Round the final weights to bfloat16 values and store them in half the bytes.
+        description: What the texts are, in words, for the card.
+
+    Beside the weights stand the training log, what the training was (`training.json`) and its evaluation on
+    `eval_dataset` (`evaluation.json`): `push_to_hub` makes the card from them.
 
     Returns:
         The model with the lowest validation error (if `args.load_best_model_at_end`), on the training device.
@@ -65,10 +72,42 @@ def train_quantizer(
         round_weights(quantizer)
     quantizer.eval()
     if trainer.is_world_process_zero():
-        log = json.dumps(trainer.state.log_history, indent=1) + "\n"
-        save_whole(quantizer, output, {"training_log.json": log}, half_size)
+        notes = _training_notes(trainer, train_dataset, model, init_method, description)
+        record = measure(quantizer, as_array(eval_dataset, np.arange(min(len(eval_dataset), MAX_EVALUATION_VECTORS))))
+        files = {
+            "training_log.json": json.dumps(trainer.state.log_history, indent=1) + "\n",
+            TRAINING_FILE: json.dumps(notes, indent=1) + "\n",
+            RECORD_FILE: record.to_json(),
+        }
+        save_whole(quantizer, output, files, half_size)
     trainer.accelerator.wait_for_everyone()
     return quantizer
+
+
+def _training_notes(
+    trainer: RQMoETrainer,
+    dataset: Dataset | IterableDataset,
+    start: RQMoEConfig | RQMoEModel,
+    init: str,
+    description: str | None,
+) -> dict[str, Any]:
+    """What the card tells of a training. No paths: these files are made to be shared."""
+    args, log = trainer.args, trainer.state.log_history
+    source = start.name_or_path if isinstance(start, RQMoEModel) else None
+    return {
+        "description": description,
+        "vectors": len(dataset) if isinstance(dataset, Dataset) else None,
+        "epochs": round(trainer.state.epoch or 0, 2),
+        "steps": trainer.state.global_step,
+        "batch_size": args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
+        "learning_rate": args.learning_rate,
+        "loss": trainer.accelerator.unwrap_model(trainer.model).config.training_loss,
+        "start": f"Faiss {init.upper()}" if isinstance(start, RQMoEConfig) else None,
+        "started_from": source and (Path(source).name if Path(source).is_dir() else source),
+        "precision": "bfloat16" if args.bf16 else "float32",
+        "seconds": next((round(entry["train_runtime"]) for entry in log if "train_runtime" in entry), None),
+        "seed": args.seed,
+    }  # fmt: skip
 
 
 def share_weights(model: RQMoEModel, args: TrainingArguments) -> None:

@@ -1,0 +1,163 @@
+"""Pushing a quantizer: weights, config, evaluation and card in one commit."""
+
+import json
+import logging
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from huggingface_hub import CommitInfo, HfApi, ModelCard
+from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
+from transformers.dynamic_module_utils import custom_object_save
+
+from ..modeling_rqmoe import RQMoEModel
+from ..record import RECORD_FILE, TRAINING_FILE, EvaluationRecord, load_record
+from ..saving import save_whole, weights_checksum
+from .cards import (
+    RQMoECardData,
+    eval_results_files,
+    is_generated,
+    load_training,
+    render_card,
+)
+
+logger = logging.getLogger(__name__)
+COMPANIONS = (TRAINING_FILE, "training_log.json", "recipe.yaml")  # travel with a checkpoint if they lie beside it
+AUTO_MAP = {"AutoConfig": "configuration_rqmoe.RQMoEConfig", "AutoModel": "modeling_rqmoe.RQMoEModel"}
+
+
+def push_quantizer(
+    model: RQMoEModel,
+    repo_id: str,
+    *,
+    card: ModelCard | None = None,
+    replace_card: bool = False,
+    include_code: bool = False,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    max_shard_size: int | str | None = None,
+    tags: list[str] | None = None,
+) -> CommitInfo:
+    """Sends a quantizer to the Hub, in one commit.
+
+    The evaluation, the training notes and the recipe that lie beside the checkpoint the model was loaded from go with
+    it. Weights that are bfloat16 values are stored in half the bytes.
+
+    Args:
+        model: The quantizer.
+        repo_id: Where to, such as "org/name"; created if it does not exist.
+        card: The card. Default: one that a person has edited, on the Hub or beside the checkpoint, is kept;
+            otherwise it is generated.
+        replace_card: Generate the card also in place of an edited one.
+        include_code: Add the code, so that `AutoModel.from_pretrained(repo_id, trust_remote_code=True)` works where
+            this package is not installed.
+        commit_message: Default "Upload quantizer".
+        commit_description: Its longer text.
+        private: Make a new repository private.
+        token: Hub token, default the stored one.
+        revision: Branch; created if it does not exist.
+        create_pr: Open a pull request instead of committing.
+        max_shard_size: Unused: quantizers are small, and are one file.
+        tags: Added to those of a generated card.
+
+    Raises:
+        ValueError: If the model was never initialised.
+    """
+    model._require_initialized("be pushed")
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    if card is None and not replace_card:
+        card = _remote_card(api, repo_id, revision)
+    with TemporaryDirectory() as folder:
+        write_repository(model, folder, repo_id, card, replace_card, include_code, tags)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message or "Upload quantizer",
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+            delete_patterns=["model-*.safetensors", "model.safetensors.index.json"],
+        )
+
+
+def write_repository(
+    model: RQMoEModel,
+    folder: str | Path,
+    model_id: str,
+    card: ModelCard | None = None,
+    replace_card: bool = False,
+    include_code: bool = False,
+    tags: list[str] | None = None,
+) -> None:
+    """Writes what [`push_quantizer`] sends into a folder; see there."""
+    folder, source = Path(folder), Path(model.name_or_path or "-")
+    record = _own_record(model)
+    texts: dict[str, str] = {} if record is None else {RECORD_FILE: record.to_json(), **eval_results_files(record)}
+    beside = source if source.is_dir() else None
+    for name in COMPANIONS:
+        if beside is not None and (beside / name).is_file():
+            texts[name] = (beside / name).read_text("utf-8")
+    if card is None and not replace_card and beside is not None and (beside / "README.md").is_file():
+        found = (beside / "README.md").read_text("utf-8")
+        card = None if is_generated(found) else ModelCard(found)
+    if card is None:
+        training = None if beside is None else load_training(beside)
+        data = RQMoECardData.from_model(model, record, Path(model_id).name)
+        data.tags = [*(data.tags or []), *(tag for tag in tags or [] if tag not in (data.tags or []))]
+        card = render_card(model, model_id, record, training, data, include_code)
+    texts["README.md"] = str(card)
+    save_whole(model, folder, texts, half_size=_fits_bfloat16(model))
+    if include_code:
+        _add_code(model, folder)
+
+
+def _own_record(model: RQMoEModel) -> EvaluationRecord | None:
+    """The evaluation beside the checkpoint that the model was loaded from, if its weights are still those."""
+    if not model.name_or_path:
+        return None
+    record = load_record(model.name_or_path, getattr(model.config, "_commit_hash", None))
+    if record is not None and record.weights != weights_checksum(model):
+        logger.warning(
+            "The %s beside %s was measured with other weights and is left out of the card: measure again with "
+            "`rqmoe evaluate --save`.",
+            RECORD_FILE,
+            model.name_or_path,
+        )
+        return None
+    return record
+
+
+def _remote_card(api: HfApi, repo_id: str, revision: str | None) -> ModelCard | None:
+    """The card on the Hub if a person has edited it."""
+    try:
+        content = Path(api.hf_hub_download(repo_id, "README.md", revision=revision)).read_text("utf-8")
+    except (EntryNotFoundError, RevisionNotFoundError):
+        return None
+    if is_generated(content):
+        return None
+    logger.warning("%s has a card of its own, which is kept; replace_card=True generates a new one.", repo_id)
+    return ModelCard(content)
+
+
+def _fits_bfloat16(model: RQMoEModel) -> bool:
+    """Whether half the bytes hold the same weights."""
+    return all(bool((weight == weight.to(torch.bfloat16)).all()) for weight in model.parameters())
+
+
+def _add_code(model: RQMoEModel, folder: Path) -> None:
+    """Copies the files that define the model, and tells AutoModel about them.
+
+    Not through `register_for_auto_class`, which would make every later save in this process do the same.
+    """
+    custom_object_save(model, folder)
+    file = folder / "config.json"
+    config: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    file.write_text(json.dumps(config | {"auto_map": AUTO_MAP}, indent=2, sort_keys=True) + "\n", "utf-8")

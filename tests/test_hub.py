@@ -1,0 +1,191 @@
+"""Sharing over a real HTTP Hub on loopback: unmodified clients, each in a process and with a cache of its own."""
+
+import json
+import site
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rqmoe_hf import RQMoEModel
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, clustered) -> Path:
+    """A small trained quantizer of the whole family's kind, with its evaluation and training notes."""
+    from rqmoe_hf import RQMoEConfig
+    from rqmoe_hf.data import dataset_from_array
+    from rqmoe_hf.training import RQMoETrainingArguments, train_quantizer
+
+    folder = tmp_path_factory.mktemp("trained") / "small"
+    config = RQMoEConfig(hidden_size=16, num_codebooks=3, codebook_size=16, intermediate_size=8, base_model="org/tiny")
+    arguments = RQMoETrainingArguments(output_dir=str(folder), num_train_epochs=1, report_to="none", disable_tqdm=True)
+    train, test = dataset_from_array(clustered[2000:]), dataset_from_array(clustered[:2000])
+    train_quantizer(config, train.with_format("torch"), test.with_format("torch"), arguments, description="Made up.")
+    return folder
+
+
+PUSH = """
+    from rqmoe_hf import RQMoEModel
+    RQMoEModel.from_pretrained({folder!r}).push_to_hub({repo!r}, **{options!r})
+"""
+LOAD = """
+    import numpy as np, rqmoe_hf
+    from transformers import AutoModel
+    model = AutoModel.from_pretrained({repo!r}, **{options!r})
+    np.save({output!r}, model.compress(np.load({vectors!r})))
+"""
+
+
+def push(client, folder, repo, **options):
+    return client(PUSH.format(folder=str(folder), repo=repo, options=options))
+
+
+def compressed(client, tmp_path, clustered, repo, home="loader", **options) -> np.ndarray:
+    np.save(tmp_path / "vectors.npy", clustered[:200])
+    client(LOAD.format(repo=repo, options=options, output=str(tmp_path / "codes.npy"),
+                       vectors=str(tmp_path / "vectors.npy")), home=home)  # fmt: skip
+    return np.load(tmp_path / "codes.npy")
+
+
+def test_push_sends_everything_in_one_commit_and_codes_survive(hub, client, small, clustered, tmp_path):
+    push(client, small, "org/small")
+    repository = hub.repositories["model", "org/small"]
+    assert list(repository.messages.values()) == ["initial commit", "Upload quantizer"]
+    files = hub.files("org/small")
+    assert set(files) == {".gitattributes", "README.md", "config.json", "model.safetensors", "evaluation.json",
+                          "training.json", "training_log.json"}  # fmt: skip
+    card = files["README.md"].content.decode()
+    assert "# RQ-MoE quantizer for tiny" in card and "library_name: rqmoe_hf" in card and "model-index:" in card
+    here = RQMoEModel.from_pretrained(small).eval()
+    np.testing.assert_array_equal(compressed(client, tmp_path, clustered, "org/small"), here.compress(clustered[:200]))
+
+
+def test_branch_tag_and_commit(hub, client, small, clustered, tmp_path):
+    push(client, small, "org/versions")
+    first = hub.repositories["model", "org/versions"].branches["main"]
+    client("from huggingface_hub import HfApi; HfApi().create_tag('org/versions', tag='v1')")
+    other = RQMoEModel.from_pretrained(small)
+    other.mean.data += 1.0
+    other.save_pretrained(tmp_path / "other")
+    push(client, tmp_path / "other", "org/versions", revision="experiment")
+    push(client, tmp_path / "other", "org/versions")
+    old = RQMoEModel.from_pretrained(small).eval().compress(clustered[:200])
+    new = RQMoEModel.from_pretrained(tmp_path / "other").eval().compress(clustered[:200])
+    assert (old != new).any()
+    expected = {"v1": old, first: old, "experiment": new, "main": new}
+    np.save(tmp_path / "vectors.npy", clustered[:200])
+    client(
+        f"""
+        import numpy as np
+        from rqmoe_hf import RQMoEModel
+        for revision in {list(expected)!r}:
+            model = RQMoEModel.from_pretrained("org/versions", revision=revision)
+            np.save(revision, model.compress(np.load("vectors.npy")))
+        """,
+        home="loader",
+    )
+    for revision, codes in expected.items():
+        np.testing.assert_array_equal(np.load(tmp_path / f"{revision}.npy"), codes)
+
+
+def test_a_card_that_was_edited_is_kept_and_one_that_was_not_is_renewed(hub, client, small, tmp_path):
+    push(client, small, "org/cards")
+    generated = hub.files("org/cards")["README.md"].content
+    measured = json.loads((small / "evaluation.json").read_text("utf-8"))
+    changed = tmp_path / "changed"
+    RQMoEModel.from_pretrained(small).save_pretrained(changed)
+    measured["reports"][-1]["mse"] = 12.34
+    (changed / "evaluation.json").write_text(json.dumps(measured), "utf-8")
+    push(client, changed, "org/cards")  # nobody has edited the card: it follows the evaluation
+    renewed = hub.files("org/cards")["README.md"].content
+    assert b"12.3" in renewed and b"12.3" not in generated
+
+    edit = """
+        from huggingface_hub import ModelCard
+        card = ModelCard.load("org/cards"); card.text += "\\nA sentence that a person wrote."
+        card.push_to_hub("org/cards")
+    """
+    client(edit)
+    assert "has a card of its own, which is kept" in push(client, small, "org/cards").stderr
+    kept = hub.files("org/cards")["README.md"].content.decode()
+    assert "A sentence that a person wrote." in kept and "12.3" in kept
+    push(client, small, "org/cards", replace_card=True)
+    assert hub.files("org/cards")["README.md"].content == generated
+
+    (changed / "README.md").write_text("---\nlicense: mit\n---\nMy own card.\n", "utf-8")
+    push(client, changed, "org/own-card")
+    assert hub.files("org/own-card")["README.md"].content.decode().rstrip().endswith("My own card.")
+
+
+def test_numbers_of_other_weights_do_not_reach_the_card(hub, client, small, tmp_path):
+    model = RQMoEModel.from_pretrained(small)
+    model.codebooks.data *= 1.5
+    model.save_pretrained(tmp_path / "tuned")
+    (tmp_path / "tuned" / "evaluation.json").write_text((small / "evaluation.json").read_text("utf-8"), "utf-8")
+    said = push(client, tmp_path / "tuned", "org/tuned").stderr
+    assert "was measured with other weights" in said
+    assert "evaluation.json" not in hub.files("org/tuned")
+    assert b"## Results" not in hub.files("org/tuned")["README.md"].content
+
+
+def test_code_in_the_repository_runs_without_the_package(hub, client, small, clustered, tmp_path):
+    push(client, small, "org/with-code", include_code=True)
+    files = hub.files("org/with-code")
+    assert {"modeling_rqmoe.py", "configuration_rqmoe.py", "encoding_rqmoe.py", "decoding_rqmoe.py", "codes.py"} <= (
+        set(files)
+    )
+    assert "auto_map" not in json.loads((small / "config.json").read_text("utf-8"))
+    np.save(tmp_path / "vectors.npy", clustered[:200])
+    loader = f"""
+        try:
+            import rqmoe_hf.modeling_rqmoe
+            raise SystemExit("the package is installed")
+        except ModuleNotFoundError:
+            pass
+        import numpy as np
+        from transformers import AutoModel
+        model = AutoModel.from_pretrained("org/with-code", trust_remote_code=True)
+        codes = model.compress(np.load({str(tmp_path / "vectors.npy")!r}))
+        np.save({str(tmp_path / "codes.npy")!r}, codes)
+        model.push_to_hub("org/copied")
+    """
+    # Plain site-packages on the path, without the .pth files through which this checkout is installed.
+    client(loader, python_flags=["-S"], PYTHONPATH=":".join(site.getsitepackages()))
+    here = RQMoEModel.from_pretrained(small).eval()
+    np.testing.assert_array_equal(np.load(tmp_path / "codes.npy"), here.compress(clustered[:200]))
+    assert "model.safetensors" in hub.files("org/copied")
+
+
+def test_a_push_that_is_cut_off_leaves_nothing_and_the_next_succeeds(hub, client, small, clustered, tmp_path):
+    code = PUSH.format(folder=str(small), repo="org/cut", options={})
+    for broken in ("/lfs/", "/commit/"):
+        hub.drop[broken] = 500
+        failed = client(code, check=False)
+        assert failed.returncode != 0
+        assert set(hub.files("org/cut")) == {".gitattributes"}, broken
+        hub.drop.clear()
+    client(code)
+    assert "model.safetensors" in hub.files("org/cut")
+    hub.drop["model.safetensors"] = 1000  # now the way down, with the cache of the try before
+    np.save(tmp_path / "vectors.npy", clustered[:200])
+    load = LOAD.format(repo="org/cut", options={}, output=str(tmp_path / "codes.npy"),
+                       vectors=str(tmp_path / "vectors.npy"))  # fmt: skip
+    failed = client(load, home="down", check=False)
+    assert failed.returncode != 0 and not (tmp_path / "codes.npy").exists()
+    hub.drop.clear()
+    here = RQMoEModel.from_pretrained(small).eval()
+    np.testing.assert_array_equal(
+        compressed(client, tmp_path, clustered, "org/cut", home="down"), here.compress(clustered[:200])
+    )
+
+
+def test_the_command_line_shares_and_describes(hub, client, small):
+    command = "import sys; from rqmoe_hf.cli import main; sys.argv = {!r}; main()"
+    said = client(command.format(["rqmoe", "push", str(small), "org/from-cli", "-m", "First"])).stdout
+    assert f"Pushed: {hub.url}/org/from-cli/commit/" in said
+    assert list(hub.repositories["model", "org/from-cli"].messages.values())[-1] == "First"
+    shown = client(command.format(["rqmoe", "info", "org/from-cli"])).stdout
+    assert "3 x 4 bits (16 codewords)" in shown and "among 1,800 vectors" in shown
+    missing = client(command.format(["rqmoe", "info", "org/nothing-here"]), check=False)
+    assert missing.returncode == 1 and "org/nothing-here" in missing.stderr and "Traceback" not in missing.stderr
