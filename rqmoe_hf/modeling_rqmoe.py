@@ -4,11 +4,14 @@ The paper's letters, used in shape comments only: d hidden_size, M num_codebooks
 H intermediate_size, c condition_size (the paper's D_e), n vectors, S steps with experts (M - 1).
 """
 
+import os
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
@@ -139,6 +142,12 @@ class RQMoEPreTrainedModel(PreTrainedModel):
                 f"The weights of {pretrained_model_name_or_path} do not belong to its config.json: "
                 + "; ".join(f"{kind.replace('_', ' ')}: {', '.join(keys[:5])}" for kind, keys in wrong.items())
             )
+        if not os.path.isdir(pretrained_model_name_or_path):
+            config = os.path.join(kwargs.get("subfolder", ""), "config.json")
+            revision, cache = kwargs.get("revision") or "main", kwargs.get("cache_dir")
+            cached = try_to_load_from_cache(str(pretrained_model_name_or_path), config, cache, revision)
+            found = re.search(r"snapshots[/\\](\w+)", cached) if isinstance(cached, str) else None
+            model.commit_hash = None if found is None else found[1]
         return (model, loading) if output_loading_info else model
 
     @torch.no_grad()
@@ -190,6 +199,7 @@ class RQMoEModel(RQMoEPreTrainedModel):
         uses_instructions = config.has_experts and config.conditioning == "instruction"
         shape = (steps - 1, config.codebook_size, config.condition_size)
         self.instructions = nn.Parameter(torch.empty(shape)) if uses_instructions else None
+        self.commit_hash: str | None = None  # on the Hub, of the weights loaded from there
         self._tables: dict[torch.dtype, tuple[tuple, Tables]] = {}
         self.post_init()
 
@@ -202,6 +212,15 @@ class RQMoEModel(RQMoEPreTrainedModel):
     def is_initialized(self) -> bool:
         """Whether the model has been given the statistics and codebooks of some data."""
         return bool(self.scale > 0)
+
+    @property
+    def is_unit_norm(self) -> bool:
+        """Whether the embeddings that it was initialised on had norm 1, so that cosine is what ranks them.
+
+        Their mean squared norm is that of the mean plus the variance of all dimensions.
+        """
+        mean_square = self.mean.float().square().sum() + self.config.hidden_size * self.scale.float().square()
+        return bool((mean_square - 1).abs() < 0.01)
 
     # --- tensors -------------------------------------------------------------------------------------------------
 

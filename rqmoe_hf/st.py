@@ -1,11 +1,4 @@
-"""The sentence-transformers module. Its import path is part of saved models: never move it.
-
-model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
-model.append(RQMoEQuantizer.from_pretrained("minilm-384"))
-model.encode(texts)                     # float32 (n, 384), reconstructed from the codes
-model.encode(texts, quantize="codes")   # uint8 (n, 15), packed codes
-model.encode_query("a question")        # exact: queries are not compressed
-"""
+"""The sentence-transformers module. Its import path is part of saved models: never move it."""
 
 import json
 import logging
@@ -34,6 +27,10 @@ class RQMoEQuantizer(Module):
         model: The quantizer.
         asymmetric: Leave what `encode_query` embeds uncompressed. Scores between exact queries and compressed
             documents are more accurate than those between two compressed vectors.
+        normalize: Give reconstructions norm 1. Default: if the quantizer was trained on embeddings of norm 1. They
+            are shorter otherwise, as the mean of all vectors with a code is, and inner products rank them worse.
+
+        num_codebooks: Keep only the first codes of each vector, hence fewer bytes. Default: all.
 
     What `encode`, `encode_query` and `encode_document` take in addition:
 
@@ -41,16 +38,37 @@ class RQMoEQuantizer(Module):
       `(n, bytes_per_vector)`) or "none" (the embeddings as they are). Given explicitly it holds for queries too.
     - num_codebooks, num_candidates, beam_size: see `RQMoEModel.encode`.
 
+    `encode(..., truncate_dim=...)` cuts what comes out: dimensions of reconstructions, but bytes of codes. For fewer
+    bytes that decode give `num_codebooks`.
+
     The quantizer computes in the dtype it was loaded with, also if the encoder is bfloat16 or float16: codes must not
     depend on it. In training mode gradients reach the encoder straight through the quantization, and
     `features["quantization_loss"]` is what [`RQMoELoss`] trains on.
+
+    Example:
+    ```python
+    from sentence_transformers import SentenceTransformer
+    from rqmoe_hf.st import RQMoEQuantizer
+
+    model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
+    model.append(RQMoEQuantizer.from_pretrained("minilm-384"))
+    restored = model.encode(["a text", "another"])  # float32 (2, 384), reconstructed from the codes
+    codes = model.encode(["a text", "another"], quantize="codes")  # uint8 (2, 15), packed
+    query = model.encode_query("a question")  # float32 (384,), exact: queries are not compressed
+    ```
     """
 
     config_file_name = "quantizer_config.json"  # config.json is that of the RQMoEModel, whose checkpoint the folder is
-    config_keys = ["asymmetric"]
+    config_keys = ["asymmetric", "normalize", "num_codebooks"]
     forward_kwargs = {"task", "quantize", "num_codebooks", "num_candidates", "beam_size"}
 
-    def __init__(self, model: RQMoEModel, asymmetric: bool = True):
+    def __init__(
+        self,
+        model: RQMoEModel,
+        asymmetric: bool = True,
+        normalize: bool | None = None,
+        num_codebooks: int | None = None,
+    ):
         super().__init__()
         if not isinstance(model, RQMoEModel):
             raise ValueError(
@@ -59,11 +77,17 @@ class RQMoEQuantizer(Module):
             )
         self.model: Any = model
         self.asymmetric = asymmetric
+        self.normalize = model.is_unit_norm if normalize is None else normalize
+        if num_codebooks is not None and not 1 <= num_codebooks <= model.config.num_codebooks:
+            raise ValueError(
+                f"num_codebooks must lie between 1 and {model.config.num_codebooks}, got {num_codebooks}."
+            )
+        self.num_codebooks = num_codebooks
 
     @classmethod
-    def from_pretrained(cls, name: str | os.PathLike, revision: str | None = None, asymmetric: bool = True):
-        """Loads a quantizer by its bundled name, its folder or its Hub id."""
-        return cls(load_quantizer(str(name), revision=revision), asymmetric)
+    def from_pretrained(cls, name: str | os.PathLike, revision: str | None = None, **kwargs):
+        """Loads a quantizer by its bundled name, its folder or its Hub id; `kwargs` are those of the class."""
+        return cls(load_quantizer(str(name), revision=revision), **kwargs)
 
     def forward(  # type: ignore[override]
         self,
@@ -90,21 +114,27 @@ class RQMoEQuantizer(Module):
         if self.training and torch.is_grad_enabled():
             return self._train(features, vectors)
         found = self.model.encode(
-            vectors, num_candidates=num_candidates, beam_size=beam_size, num_codebooks=num_codebooks
+            vectors,
+            num_candidates=num_candidates,
+            beam_size=beam_size,
+            num_codebooks=self.num_codebooks if num_codebooks is None else num_codebooks,
         )
         if quantize == "codes":
             packed = pack_codes(found.codes.cpu().numpy(), self.model.config.codebook_size)
             features["sentence_embedding"] = torch.from_numpy(packed).to(embeddings.device)
         else:
-            features["sentence_embedding"] = found.reconstruction.to(embeddings.device)
+            features["sentence_embedding"] = self._finish(found.reconstruction).to(embeddings.device)
         return features
 
     def _train(self, features: dict[str, Any], vectors: torch.Tensor) -> dict[str, Any]:
         """The straight-through estimate: the value is the reconstruction, the gradient also that of the vectors."""
         output = self.model(vectors)
         features["quantization_loss"] = output.loss
-        features["sentence_embedding"] = output.reconstruction + vectors - vectors.detach()
+        features["sentence_embedding"] = self._finish(output.reconstruction + vectors - vectors.detach())
         return features
+
+    def _finish(self, reconstruction: torch.Tensor) -> torch.Tensor:
+        return nn.functional.normalize(reconstruction, dim=-1) if self.normalize else reconstruction
 
     def get_embedding_dimension(self) -> int:
         """Dimension of the reconstructions."""
@@ -151,16 +181,27 @@ class RQMoEQuantizer(Module):
         }
         config = cls.load_config(model_name_or_path, cache_folder=cache_folder, **hub)
         hub["revision"] = revision or "main"
+        device_map = (kwargs.get("model_kwargs") or {}).get("device_map")
+        if device_map is not None:  # sentence-transformers then leaves placing the modules to them
+            hub["device_map"] = device_map
         model = RQMoEModel.from_pretrained(model_name_or_path, cache_dir=cache_folder, **hub)
         return cls(model.eval(), **config)
 
 
 def _check_owner(owner: nn.Module, name: str, module: nn.Module | None) -> None:
-    """Runs when a quantizer is appended to a model: refuses a wrong dimension, warns of a wrong encoder."""
-    if not isinstance(module, RQMoEQuantizer) or not isinstance(owner, SentenceTransformer):
+    """Runs when a module joins a model: refuses a wrong dimension or order, warns of a wrong encoder."""
+    if not isinstance(owner, SentenceTransformer) or module is None:
+        return
+    last = list(owner.children())[-1] if len(owner) else None
+    if isinstance(last, RQMoEQuantizer) and name not in owner._modules:
+        raise ValueError(
+            f"An RQMoEQuantizer must be the last module: {type(module).__name__} after it would be given packed "
+            "codes. Put it before the quantizer; reconstructions of unit-norm embeddings are normalised already."
+        )
+    if not isinstance(module, RQMoEQuantizer):
         return
     size, config = owner.get_embedding_dimension() if len(owner) else None, module.model.config
-    if size is not None and size != config.hidden_size and not isinstance(list(owner.children())[-1], RQMoEQuantizer):
+    if size is not None and size != config.hidden_size and not isinstance(last, RQMoEQuantizer):
         raise ValueError(
             f"The encoder gives {size} dimensions, but this quantizer was trained on {config.hidden_size} (of "
             f"{config.base_model or 'an unnamed encoder'}): append the quantizer of this encoder, load the encoder "
@@ -191,6 +232,20 @@ class RQMoELoss(nn.Module):
             quantization-aware training of the encoder. Without it only the quantizer is trained, on texts of any
             number of columns, labels unused, and the encoder's weights are frozen.
         quantization_weight: Weight of the quantizer's own loss beside `loss`.
+
+    Example:
+    ```python
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+    from sentence_transformers import SentenceTransformerTrainingArguments
+    from rqmoe_hf.st import RQMoELoss, RQMoEQuantizer
+
+    model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
+    model.append(RQMoEQuantizer.from_pretrained("minilm-384"))
+    texts = Dataset.from_dict({"text": ["a text", "another text", "and a third one"]})
+    arguments = SentenceTransformerTrainingArguments(output_dir="tuned", max_steps=1, report_to="none")
+    SentenceTransformerTrainer(model, arguments, train_dataset=texts, loss=RQMoELoss(model)).train()
+    ```
     """
 
     def __init__(self, model: SentenceTransformer, loss: nn.Module | None = None, quantization_weight: float = 1.0):

@@ -1,11 +1,13 @@
 """Sharing over a real HTTP Hub on loopback: unmodified clients, each in a process and with a cache of its own."""
 
 import json
+import re
 import site
 from pathlib import Path
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from rqmoe_hf import RQMoEModel
 
@@ -189,3 +191,120 @@ def test_the_command_line_shares_and_describes(hub, client, small):
     assert "3 x 4 bits (16 codewords)" in shown and "among 1,800 vectors" in shown
     missing = client(command.format(["rqmoe", "info", "org/nothing-here"]), check=False)
     assert missing.returncode == 1 and "org/nothing-here" in missing.stderr and "Traceback" not in missing.stderr
+
+
+def test_codes_as_a_data_set(hub, client, small, clustered, tmp_path):
+    model = RQMoEModel.from_pretrained(small).eval()
+    whole, short = model.compress(clustered[:500]), model.compress(clustered[:300], num_codebooks=2)
+    np.savez(tmp_path / "codes.npz", whole=whole, short=short)
+    push(client, small, "org/small")
+    shared = client("""
+        import numpy as np
+        from rqmoe_hf import RQMoEModel
+        from rqmoe_hf.hub import push_codes_to_hub
+        codes = np.load("codes.npz")
+        model = RQMoEModel.from_pretrained("org/small")
+        push_codes_to_hub(codes["whole"], "org/codes", model, ids=[f"text {row}" for row in range(500)])
+        push_codes_to_hub(codes["short"], "org/codes", model, num_codebooks=2)
+        print(model.commit_hash)
+    """)
+    files = hub.files("org/codes", "dataset")
+    assert {path for path in files if path.endswith("parquet")} == {
+        "3x16/train-00000-of-00001.parquet", "2x16/train-00000-of-00001.parquet"}  # fmt: skip
+    assert shared.stdout.strip() == hub.repositories["model", "org/small"].branches["main"]
+    card = files["README.md"].content.decode()
+    for row in (("3x16", "500", "2"), ("2x16", "300", "1")):
+        assert f"| {' | '.join(row)} | org/small | {shared.stdout.strip()} |" in card
+
+    client("""
+        import numpy as np, pyarrow as pa
+        from datasets import load_dataset
+        from rqmoe_hf import RQMoEModel
+        from rqmoe_hf.hub import load_codes
+        codes, model = np.load("codes.npz"), RQMoEModel.from_pretrained("org/small")
+        whole = load_codes("org/codes", model, "3x16")
+        assert whole[:]["codes"].dtype == np.uint8
+        np.testing.assert_array_equal(whole[:]["codes"], codes["whole"])
+        assert whole[7]["id"] == "text 7"
+        np.testing.assert_array_equal(load_codes("org/codes", model, "2x16")[:]["codes"], codes["short"])
+        plain = load_dataset("org/codes", "3x16", split="train")  # whoever has only datasets
+        assert plain.data.schema.field("codes").type == pa.list_(pa.uint8(), 2)
+        assert plain[3]["codes"] == codes["whole"][3].tolist()
+        for name in (None, "9x16"):
+            try:
+                load_codes("org/codes", model, name)
+                raise SystemExit("loaded a configuration that does not exist")
+            except ValueError as error:
+                assert "which are 2x16, 3x16" in str(error), error
+        model.mean += 1
+        try:
+            load_codes("org/codes", model, "3x16")
+            raise SystemExit("another quantizer was accepted")
+        except ValueError as error:
+            assert "were made by org/small at revision" in str(error), error
+    """, home="reader")  # fmt: skip
+    snippet = re.search(r"```python\n(.*?)```", card, flags=re.DOTALL)[1]
+    client(f"{snippet}\nassert restored.shape == (2, 16)", home="snippet")
+
+
+def test_codes_of_a_command_keep_their_ids_and_an_edited_card_its_text(hub, client, small, clustered, tmp_path):
+    model = str(small)
+    Dataset.from_dict({"id": list(range(400)), "embeddings": clustered[:400].tolist()}).to_parquet(
+        tmp_path / "x.parquet"
+    )
+    said = client(f"""
+        from datasets import load_dataset
+        from huggingface_hub import DatasetCard
+        from rqmoe_hf import RQMoEModel
+        from rqmoe_hf.cli import app
+        from rqmoe_hf.hub import load_codes
+        def rqmoe(*arguments):
+            app(list(arguments), standalone_mode=False)
+        rqmoe("push", {model!r}, "org/named")
+        rqmoe("compress", "x.parquet", "-o", "codes", "--model", "org/named", "--shard-size", "150")
+        rqmoe("push", "codes", "org/more-codes", "--model", "org/named")
+        card = DatasetCard.load("org/more-codes")
+        card.text = "Written by a person."
+        card.push_to_hub("org/more-codes")
+        rqmoe("push", "codes", "org/more-codes", "--model", "org/named", "--config-name", "again")
+        quantizer = RQMoEModel.from_pretrained("org/named")
+        assert load_codes("org/more-codes", quantizer, "again")[:]["id"] == list(range(400))
+        assert load_codes("codes", RQMoEModel.from_pretrained({model!r}))[:]["id"] == list(range(400))
+        assert len(load_dataset("org/more-codes", "again", split="train")) == 400
+        try:
+            rqmoe("push", "codes", "org/more-codes", "--model", {model!r})
+            raise SystemExit("codes of a quantizer that nobody else can load were pushed")
+        except ValueError as error:
+            print(error)
+    """).stdout  # fmt: skip
+    assert "Nobody else could decode these codes" in said
+    card = hub.files("org/more-codes", "dataset")["README.md"].content.decode()
+    assert "Written by a person." in card and "config_name: again" in card and "config_name: 3x16" in card
+
+
+def test_a_combined_model_travels_through_the_hub(hub, client, encoder):
+    hub.put_folder("org/another-encoder", encoder)
+    said = client("""
+        import json
+        from sentence_transformers import SentenceTransformer
+        from rqmoe_hf.st import RQMoEQuantizer
+        model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2", device="cpu")
+        model.append(RQMoEQuantizer.from_pretrained("minilm-384"))
+        model.push_to_hub("org/combined")
+        texts = ["how do I read a csv file", "a short text"]
+        json.dump(model.encode(texts, quantize="codes").tolist(), open("codes.json", "w"))
+        SentenceTransformer("org/another-encoder", device="cpu").append(model[-1])
+    """).stderr
+    assert "embeddings of sentence-transformers/all-MiniLM-L6-v2, but the encoder is org/another-encoder" in said
+    files = hub.files("org/combined")
+    assert "rqmoe-hf" in json.loads(files["config_sentence_transformers.json"].content)["requirements"]
+    assert "RQMoEQuantizer" in files["README.md"].content.decode()
+    client("""
+        import json
+        from sentence_transformers import SentenceTransformer
+        from rqmoe_hf import RQMoEModel
+        model = SentenceTransformer("org/combined", device="cpu", trust_remote_code=True)
+        codes = model.encode(["how do I read a csv file", "a short text"], quantize="codes")
+        assert codes.tolist() == json.load(open("codes.json"))
+        assert RQMoEModel.from_pretrained("org/combined", subfolder="3_RQMoEQuantizer").config.num_codebooks == 12
+    """, home="elsewhere")  # fmt: skip

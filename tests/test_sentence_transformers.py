@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.modules import Normalize
 
 from rqmoe_hf import RQMoEConfig, RQMoEModel, bundled_quantizers
 from rqmoe_hf.st import RQMoELoss, RQMoEQuantizer
@@ -49,8 +50,11 @@ def test_encode_gives_reconstructions_and_codes(plain, quantizer, combined):
     np.testing.assert_array_equal(codes, quantizer.compress(exact))
     restored = combined.encode(TEXTS)
     assert restored.dtype == np.float32
-    np.testing.assert_allclose(restored, quantizer.decompress(codes), atol=1e-5)
-    assert (np.square(restored - exact).sum(axis=1) < 0.6).all()
+    decoded = quantizer.decompress(codes)
+    np.testing.assert_allclose(restored, decoded / np.linalg.norm(decoded, axis=1, keepdims=True), atol=1e-5)
+    raw = SentenceTransformer(modules=[*plain.children(), RQMoEQuantizer(quantizer, normalize=False)])
+    np.testing.assert_allclose(raw.encode(TEXTS), decoded, atol=1e-5)
+    assert (np.square(decoded - exact).sum(axis=1) < 0.6).all()
     np.testing.assert_array_equal(combined.encode(TEXTS, quantize="none"), exact)
 
 
@@ -63,12 +67,19 @@ def test_queries_stay_exact_unless_asked(plain, combined, quantizer):
     np.testing.assert_array_equal(symmetric.encode_query(TEXTS), symmetric.encode(TEXTS))
 
 
-def test_search_settings_pass_through(plain, combined, quantizer):
+def test_search_settings_pass_through(plain, combined, quantizer, tmp_path):
     exact = plain.encode(TEXTS)
     settings = {"num_codebooks": 6, "num_candidates": 3, "beam_size": 2}
     codes = combined.encode(TEXTS, quantize="codes", **settings)
     np.testing.assert_array_equal(codes, quantizer.compress(exact, **settings))
     assert codes.shape[1] == 8
+    shorter = SentenceTransformer(modules=[*plain.children(), RQMoEQuantizer(quantizer, num_codebooks=6)])
+    np.testing.assert_array_equal(shorter.encode(TEXTS, quantize="codes"), quantizer.compress(exact, num_codebooks=6))
+    shorter.save_pretrained(str(tmp_path))
+    again = SentenceTransformer(str(tmp_path), device="cpu", trust_remote_code=True)
+    assert again.encode(TEXTS, quantize="codes").shape[1] == 8
+    with pytest.raises(ValueError, match="num_codebooks must lie between 1 and 12, got 13"):
+        RQMoEQuantizer(quantizer, num_codebooks=13)
 
 
 def test_ways_to_call(combined):
@@ -128,6 +139,24 @@ def test_bad_input_says_what_to_do(encoder, plain, combined):
     assert len(model) == modules
     with pytest.raises(ValueError, match=r"gives 384 dimensions, but .* 64 \(of org/small\)"):
         narrow({"sentence_embedding": torch.zeros(2, 384)})
+
+
+def test_the_quantizer_comes_last(encoder, plain, quantizer):
+    with pytest.raises(ValueError, match="must be the last module: Normalize after it would be given packed codes"):
+        SentenceTransformer(modules=[*plain.children(), RQMoEQuantizer(quantizer), Normalize()])
+    model = SentenceTransformer(encoder, device="cpu")
+    model.append(RQMoEQuantizer(quantizer))
+    with pytest.raises(ValueError, match="must be the last module"):
+        model.append(Normalize())
+    model[-1] = RQMoEQuantizer(quantizer, num_codebooks=6)  # replacing it is fine
+    assert model.encode(TEXTS, quantize="codes").shape[1] == 8
+
+
+def test_loading_with_a_device_map(combined, tmp_path):
+    combined.save_pretrained(str(tmp_path))
+    placed = SentenceTransformer(str(tmp_path), trust_remote_code=True, model_kwargs={"device_map": "cpu"})
+    assert {tensor.device.type for tensor in placed[-1].state_dict().values()} == {"cpu"}
+    np.testing.assert_array_equal(placed.encode(TEXTS, quantize="codes"), combined.encode(TEXTS, quantize="codes"))
 
 
 def test_another_encoder_than_the_recorded_one_is_warned_of(encoder, quantizer, caplog):

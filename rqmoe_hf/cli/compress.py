@@ -37,7 +37,7 @@ def compress(
 
     quantizer = load_quantizer(model, dtype, revision)
     search = (num_codebooks, num_candidates, beam_size)
-    files = compress_shards(embeddings, output, quantizer, column, split, *search, shard_size, revision)
+    files = compress_shards(embeddings, output, quantizer, column, split, *search, shard_size)
     print(f"Wrote {len(files)} files to {output}.")
 
 

@@ -92,7 +92,6 @@ def compress_shards(
     num_candidates: int | None = None,
     beam_size: int | None = None,
     shard_size: int = 65_536,
-    revision: str | None = None,
 ) -> list[Path]:
     """Compresses embeddings to parquet shards with the column `codes` (and `id` if the source has one).
 
@@ -109,7 +108,6 @@ def compress_shards(
         num_candidates: See `RQMoEModel.compress`.
         beam_size: See `RQMoEModel.compress`.
         shard_size: Vectors per file.
-        revision: Revision of the quantizer on the Hub, for the metadata.
 
     Returns:
         The parquet files.
@@ -123,7 +121,7 @@ def compress_shards(
     search: dict = {"num_codebooks": steps, "num_candidates": num_candidates, "beam_size": beam_size}
     info = {
         "model": model.name_or_path,
-        "revision": revision,
+        "revision": model.commit_hash,
         "weights": weights_checksum(model),
         "num_codebooks": steps,
         "codebook_size": model.config.codebook_size,

@@ -58,6 +58,18 @@ def push_codes_to_hub(
 
     Raises:
         ValueError: If the codes are not this quantizer's, or nothing says how others can load it.
+
+    Example:
+    ```python
+    import numpy as np
+    from rqmoe_hf import load_quantizer
+    from rqmoe_hf.hub import load_codes, push_codes_to_hub
+
+    quantizer = load_quantizer("minilm-384")
+    embeddings = np.random.default_rng(0).normal(size=(100, 384)).astype("float32")
+    push_codes_to_hub(quantizer.compress(embeddings), "org/my-texts", quantizer, ids=np.arange(100))
+    codes = load_codes("org/my-texts", quantizer)[:]["codes"]  # uint8 (100, 15)
+    ```
     """
     table, steps = _table(codes, ids, quantizer, num_codebooks)
     config = quantizer.config
@@ -158,7 +170,7 @@ def _origin(quantizer: RQMoEModel, quantizer_id: str | None) -> dict[str, str | 
             f"Nobody else could decode these codes: the quantizer comes from {source or 'this process'}. Push it with "
             "push_to_hub and give its id as quantizer_id."
         )
-    return {"model": name, "revision": getattr(quantizer.config, "_commit_hash", None) if name == source else None}
+    return {"model": name, "revision": quantizer.commit_hash}
 
 
 def _shards(api: HfApi, repo_id: str, revision: str | None) -> dict[str, list[str]]:

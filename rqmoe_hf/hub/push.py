@@ -67,6 +67,14 @@ def push_quantizer(
 
     Raises:
         ValueError: If the model was never initialised.
+
+    Example:
+    ```python
+    from rqmoe_hf import RQMoEModel, load_quantizer
+
+    load_quantizer("minilm-384").push_to_hub("org/minilm-384")
+    quantizer = RQMoEModel.from_pretrained("org/minilm-384")
+    ```
     """
     model._require_initialized("be pushed")
     api = HfApi(token=token)
@@ -123,7 +131,7 @@ def _own_record(model: RQMoEModel) -> EvaluationRecord | None:
     """The evaluation beside the checkpoint that the model was loaded from, if its weights are still those."""
     if not model.name_or_path:
         return None
-    record = load_record(model.name_or_path, getattr(model.config, "_commit_hash", None))
+    record = load_record(model.name_or_path, model.commit_hash)
     if record is not None and record.weights != weights_checksum(model):
         logger.warning(
             "The %s beside %s was measured with other weights and is left out of the card: measure again with "
