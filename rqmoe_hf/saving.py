@@ -24,7 +24,7 @@ def save_whole(
     Args:
         model: The model.
         folder: Where to; existing files of the same names are replaced.
-        files: Further files, name to text.
+        files: Further files, path in the folder to text.
         half_size: Store the weights as bfloat16 (see [`round_weights`]). Loading gives float32, as config.json says.
     """
     stored = None
@@ -37,9 +37,13 @@ def save_whole(
     with TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
         model.save_pretrained(scratch, state_dict=stored)
         for name, text in (files or {}).items():
+            (Path(scratch) / name).parent.mkdir(exist_ok=True)
             (Path(scratch) / name).write_text(text, "utf-8")
-        for file in sorted(Path(scratch).iterdir(), key=lambda file: file.name == "config.json"):
-            os.replace(file, folder / file.name)
+        files_written = [file for file in Path(scratch).rglob("*") if file.is_file()]
+        for file in sorted(files_written, key=lambda file: file.name == "config.json"):
+            target = folder / file.relative_to(scratch)
+            target.parent.mkdir(exist_ok=True)
+            os.replace(file, target)
 
 
 def write_text(file: Path, text: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rqmoe_hf.cli import app
+from rqmoe_hf.demo import collect_documentation
 
 VERBS = ["demo", "embed", "train", "compress", "decompress", "evaluate", "push", "info", "convert"]
 
@@ -91,6 +92,20 @@ def test_train_from_texts(encoder, tmp_path):
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["base_model"] == encoder
     assert config["hidden_size"] == 384
+
+
+def test_a_fit_check_on_texts(encoder, tmp_path):
+    lines = [" ".join(text.split()[:30]) for text in collect_documentation()[1][:400]]
+    (tmp_path / "texts.txt").write_text("\n".join(lines), "utf-8")
+    report = tmp_path / "report.json"
+    result = rqmoe("evaluate", "--model", "minilm-384", "--texts", str(tmp_path / "texts.txt"), "--encoder", encoder,
+                   "--json", str(report))  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    fit = json.loads(report.read_text("utf-8"))["fit"]
+    assert fit["verdict"] in ("trust", "fine-tune")  # English prose, and the right encoder
+    assert fit["mean_norm"] == pytest.approx([1.0, 1.0], abs=1e-3)
+    assert f"recall@10   {fit['recall_10_at_10'][0]:6.3f} {fit['recall_10_at_10'][1]:6.3f}" in result.stdout
+    assert "Verdict: " in result.stdout
 
 
 def test_convert(clustered, tmp_path):

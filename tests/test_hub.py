@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from rqmoe_hf import RQMoEModel
+from rqmoe_hf import RQMoEModel, bundled_quantizers
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,20 @@ def test_push_sends_everything_in_one_commit_and_codes_survive(hub, client, smal
     assert "# RQ-MoE quantizer for tiny" in card and "library_name: rqmoe_hf" in card and "model-index:" in card
     here = RQMoEModel.from_pretrained(small).eval()
     np.testing.assert_array_equal(compressed(client, tmp_path, clustered, "org/small"), here.compress(clustered[:200]))
+
+
+def test_the_bundled_quantizer_brings_its_results(hub, client):
+    client("from rqmoe_hf import load_quantizer; load_quantizer('minilm-384').push_to_hub('org/minilm-384')")
+    files, folder = hub.files("org/minilm-384"), bundled_quantizers()["minilm-384"]
+    assert ".eval_results/stsbenchmark-sts.yaml" in files
+    for name in (".eval_results/stsbenchmark-sts.yaml", "evaluation.json", "training.json", "recipe.yaml"):
+        assert files[name].content == (folder / name).read_bytes(), name
+    assert len(files["model.safetensors"].content) == (folder / "model.safetensors").stat().st_size  # not twice it
+    card = files["README.md"].content.decode()
+    assert 'RQMoEQuantizer.from_pretrained("org/minilm-384")' in card
+    assert card.split("## Results")[1] == (folder / "README.md").read_text("utf-8").split("## Results")[1].replace(
+        *(re.search(r"text \w+\.", text)[0] for text in ((folder / "README.md").read_text("utf-8"), card))
+    )
 
 
 def test_branch_tag_and_commit(hub, client, small, clustered, tmp_path):

@@ -52,6 +52,7 @@ def train(
     column: Column = "embeddings",
     text_column: TextColumn = "text",
     split: Split = "train",
+    limit: Annotated[int | None, typer.Option(help="Train on the first so many embeddings only.")] = None,
     evaluation: Annotated[str | None, typer.Option(help="Held-out embeddings. Default: taken from the rest.")] = None,
     evaluation_size: Annotated[int, typer.Option(help="Held-out embeddings to use.")] = 5_000,
     start_from: Annotated[str | None, typer.Option("--from", help="Fine-tune this quantizer.")] = None,
@@ -97,6 +98,8 @@ def train(
         embed_texts(texts, output / "embeddings", encoder, text_column, split)
         embeddings, column = str(output / "embeddings"), "embeddings"
     dataset = load_embeddings(embeddings, column, split)
+    if limit is not None:
+        dataset = dataset.select(range(min(limit, len(dataset))))
     if evaluation is None:
         dataset, held_out = split_dataset(dataset, evaluation_size, seed)
     else:

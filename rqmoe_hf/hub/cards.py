@@ -179,6 +179,8 @@ def _eval_results(model: RQMoEModel, record: EvaluationRecord) -> list[EvalResul
                 task_name=f"{row['task']}, {row['bytes_per_vector']} bytes",
                 dataset_type=row.get("dataset_id", "custom"),
                 dataset_name=row["task"],
+                # Results of one task type, data set and configuration are one entry of a model-index.
+                dataset_config=f"{row['task']}, {row['bytes_per_vector']} bytes",
                 metric_type=row["metric"].lower().replace(" ", "_"),
                 metric_name=row["metric"],
                 metric_value=float(f"{row['value']:.4g}"),
