@@ -51,6 +51,7 @@ benchmark: data/embeddings/train data/embeddings/test
 	$(BIN)/rqmoe train --recipe recipes/minilm-384-32-bytes.yaml --output runs/minilm-384-32-bytes
 	$(BIN)/python benchmarks/tasks.py --encoder "$(ENCODER)" --quantizers minilm-384:6 minilm-384:12 runs/minilm-384-32-bytes:25
 	$(BIN)/python benchmarks/module.py --encoder "$(ENCODER)"
+	$(BIN)/python benchmarks/fit.py --encoder "$(ENCODER)"
 	$(MAKE) tables
 
 tables: .venv/installed

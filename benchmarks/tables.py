@@ -111,6 +111,23 @@ def module() -> str:
     return "\n".join(lines)
 
 
+def fit() -> str:
+    """The bundled quantizer on texts it was not made for."""
+    ways = ("as bundled", "fine-tuned", "trained anew")
+    lines = [
+        "| texts | error / card's | bits per code below | verdict | MSE as bundled | fine-tuned | trained anew |",
+        "| --- | ---: | ---: | --- | ---: | ---: | ---: |",
+    ]
+    for name, row in environment.load("fit")["collections"].items():
+        found = row["fit"]
+        errors = [f"{row[way]['mse']:.3f}" if way in row else "too few" for way in ways]
+        lines.append(
+            f"| {name} ({row['texts']:,}) | {found['mse'][0] / found['mse'][1]:.2f} | "
+            f"{found['code_entropy'][1] - found['code_entropy'][0]:.1f} | {found['verdict']} | {' | '.join(errors)} |"
+        )
+    return "\n".join(lines)
+
+
 def refresh_record(name: str, file: Path) -> str:
     """The evaluation of a bundled quantizer with the comparisons that the results files hold."""
     record = EvaluationRecord.from_json(file.read_text("utf-8"))
@@ -152,8 +169,7 @@ def machine() -> str:
     )
 
 
-TABLES = {"summary": summary, "quality": quality, "engine": engine, "qinco": qinco, "tasks": tasks, "module": module,
-          "machine": machine}  # fmt: skip
+TABLES = {table.__name__: table for table in (summary, quality, engine, qinco, tasks, module, fit, machine)}
 
 
 def fill(text: str) -> str:

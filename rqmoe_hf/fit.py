@@ -11,12 +11,15 @@ from .record import EvaluationRecord
 
 MIN_VECTORS = 300  # fewer make every figure noise
 NORM_TOLERANCE = 0.05
-TRUST_ERROR, TRUST_RECALL = 1.15, 0.05  # times the card's error; recall@10 below the card's
-RETRAIN_ERROR, RETRAIN_RECALL = 1.6, 0.2
+# Errors are times the card's; recall@10 and entropy (bits per code) below the card's. Chosen by benchmarks/fit.py:
+# English Wikipedia (1.27 times the error, 0.6 bits) gains more from fine-tuning; narrow collections and other
+# languages (from 1.2 times the error, but more than one bit: most codewords lie idle) gain more from new training.
+TRUST_ERROR, TRUST_RECALL = 1.15, 0.05
+RETRAIN_ERROR, RETRAIN_RECALL, RETRAIN_ENTROPY = 2.0, 0.2, 1.0
 VERDICTS = {
     "trust": "trust it: your embeddings are as well compressed as those of the card",
     "fine-tune": "fine-tune it on your texts: rqmoe train --from MODEL",
-    "retrain": "train a quantizer for your texts and encoder: rqmoe train",
+    "retrain": "train a quantizer for your texts (from about 5,000 of them) and encoder: rqmoe train",
 }
 
 
@@ -93,5 +96,11 @@ def _judge(fit: FitReport) -> None:
         fit.reasons.append(f"the error is {error:.2f} times the card's")
     if lost > TRUST_RECALL:
         fit.reasons.append(f"recall@10 is {lost:.3f} below the card's")
+    idle = fit.code_entropy[1] - fit.code_entropy[0]
+    if idle > RETRAIN_ENTROPY:
+        fit.reasons.append(f"the codes carry {idle:.1f} bits less each than on the card's texts: codewords lie idle")
     hopeless = abs(norm - 1) > NORM_TOLERANCE or error > RETRAIN_ERROR or lost > RETRAIN_RECALL
-    fit.verdict = "retrain" if hopeless else "fine-tune" if fit.reasons else "trust"
+    if hopeless or (fit.reasons and idle > RETRAIN_ENTROPY):
+        fit.verdict = "retrain"
+    elif fit.reasons:
+        fit.verdict = "fine-tune"

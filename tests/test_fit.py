@@ -81,6 +81,15 @@ def test_a_drift_asks_for_fine_tuning(trained, clustered, record):
     assert fit.verdict == "fine-tune", fit
 
 
+def test_a_narrow_collection_asks_for_a_quantizer_of_its_own(trained, clustered, record):
+    rng = np.random.default_rng(2)
+    narrow = clustered[rng.integers(4000, 4003, size=1000)] + rng.normal(size=(1000, 16)).astype(np.float32)
+    fit = check_fit(trained, narrow, record)
+    assert fit.verdict == "retrain"
+    assert fit.code_entropy[0] < fit.code_entropy[1] - 1
+    assert "codewords lie idle" in fit.reasons[-1]
+
+
 def test_too_small_a_sample_is_refused(trained, clustered, record):
     with pytest.raises(ValueError, match="at least 300 embeddings, got 299"):
         check_fit(trained, clustered[:299], record)
