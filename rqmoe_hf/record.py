@@ -13,7 +13,13 @@ import faiss
 import numpy as np
 import torch
 import transformers
-from transformers.utils.hub import cached_file
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from .codes import unpack_codes
 from .evaluation import code_usage, evaluate, nearest_neighbors, recalls, split_queries
@@ -133,19 +139,16 @@ def measure(model: RQMoEModel, embeddings: np.ndarray, texts: str | None = None)
 
 
 def load_record(name: str | os.PathLike, revision: str | None = None) -> EvaluationRecord | None:
-    """The record beside a checkpoint, given its folder or Hub id; `None` if there is none."""
+    """The record beside a checkpoint, given its folder or Hub id; `None` if it has none, or is not there."""
     folder = Path(name)
-    file = folder / RECORD_FILE if folder.is_dir() else None
-    if file is None:
-        found = cached_file(
-            str(name),
-            RECORD_FILE,
-            revision=revision,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        file = None if found is None else Path(found)
-    return EvaluationRecord.from_json(file.read_text("utf-8")) if file is not None and file.is_file() else None
+    if folder.is_dir():
+        file = folder / RECORD_FILE
+        return EvaluationRecord.from_json(file.read_text("utf-8")) if file.is_file() else None
+    try:
+        found = hf_hub_download(str(name), RECORD_FILE, revision=revision)
+    except (HFValidationError, EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
+        return None
+    return EvaluationRecord.from_json(Path(found).read_text("utf-8"))
 
 
 def describe_machine() -> dict[str, Any]:

@@ -10,11 +10,12 @@ import pytest
 from datasets import Dataset
 
 from rqmoe_hf import RQMoEModel, bundled_quantizers
+from rqmoe_hf.hub.push import write_repository
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory, clustered) -> Path:
-    """A small trained quantizer of the whole family's kind, with its evaluation and training notes."""
+def just_trained(tmp_path_factory, clustered) -> RQMoEModel:
+    """A small quantizer as training returns it."""
     from rqmoe_hf import RQMoEConfig
     from rqmoe_hf.data import dataset_from_array
     from rqmoe_hf.training import RQMoETrainingArguments, train_quantizer
@@ -23,8 +24,14 @@ def small(tmp_path_factory, clustered) -> Path:
     config = RQMoEConfig(hidden_size=16, num_codebooks=3, codebook_size=16, intermediate_size=8, base_model="org/tiny")
     arguments = RQMoETrainingArguments(output_dir=str(folder), num_train_epochs=1, report_to="none", disable_tqdm=True)
     train, test = dataset_from_array(clustered[2000:]), dataset_from_array(clustered[:2000])
-    train_quantizer(config, train.with_format("torch"), test.with_format("torch"), arguments, description="Made up.")
-    return folder
+    vectors = train.with_format("torch"), test.with_format("torch")
+    return train_quantizer(config, *vectors, arguments, description="Made up.")
+
+
+@pytest.fixture(scope="module")
+def small(just_trained) -> Path:
+    """Its folder, with evaluation and training notes."""
+    return Path(just_trained.name_or_path)
 
 
 PUSH = """
@@ -134,6 +141,14 @@ def test_a_card_that_was_edited_is_kept_and_one_that_was_not_is_renewed(hub, cli
     assert hub.files("org/own-card")["README.md"].content.decode().rstrip().endswith("My own card.")
 
 
+def test_a_model_straight_from_training_knows_its_results(just_trained, small, tmp_path):
+    write_repository(just_trained, tmp_path, "org/straight")
+    for name in ("evaluation.json", "training.json", "training_log.json", "model.safetensors"):
+        assert (tmp_path / name).read_bytes() == (small / name).read_bytes(), name
+    card = (tmp_path / "README.md").read_text("utf-8")
+    assert "## Results" in card and "Made up." in card and "org/tiny" in card
+
+
 def test_numbers_of_other_weights_do_not_reach_the_card(hub, client, small, tmp_path):
     model = RQMoEModel.from_pretrained(small)
     model.codebooks.data *= 1.5
@@ -142,7 +157,8 @@ def test_numbers_of_other_weights_do_not_reach_the_card(hub, client, small, tmp_
     said = push(client, tmp_path / "tuned", "org/tuned").stderr
     assert "was measured with other weights" in said
     assert "evaluation.json" not in hub.files("org/tuned")
-    assert b"## Results" not in hub.files("org/tuned")["README.md"].content
+    card = hub.files("org/tuned")["README.md"].content.decode()
+    assert "## Results" not in card and "## Training" not in card
 
 
 def test_code_in_the_repository_runs_without_the_package(hub, client, small, clustered, tmp_path):

@@ -59,7 +59,7 @@ class RQMoECardData(ModelCardData):
         results = [] if record is None else _eval_results(model, record)
         if results:
             kwargs |= {"eval_results": results, "model_name": model_name}
-        return cls(base_model=_hub_id(model.config.base_model), **kwargs)
+        return cls(base_model=hub_id(model.config.base_model), **kwargs)
 
 
 def render_card(
@@ -90,7 +90,7 @@ def render_card(
         model_id=model_id,
         bundled=model_id in bundled_quantizers(),
         config=config,
-        encoder_name=Path(config.base_model).name if config.base_model else None,
+        encoder=hub_id(config.base_model),
         float_bytes=float_bytes,
         compression=round(float_bytes / config.bytes_per_vector),
         parameters=sum(weight.numel() for weight in model.parameters()),
@@ -157,6 +157,11 @@ def load_training(folder: str | Path) -> dict[str, Any] | None:
     return json.loads(file.read_text("utf-8")) if file.is_file() else None
 
 
+def hub_id(name: str | None) -> str | None:
+    """The encoder's name if it can be a Hub id: the Hub refuses metadata with a local path."""
+    return name if name and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not Path(name).is_dir() else None
+
+
 def _eval_results(model: RQMoEModel, record: EvaluationRecord) -> list[EvalResult]:
     dataset = record.texts or "held-out embeddings"
     metrics = {"mse": "MSE", "cosine": "cosine", "recall_at_1_1": "R@1", "recall_10_at_10": "recall@10"}
@@ -194,11 +199,6 @@ def _training_rows(training: dict[str, Any]) -> list[tuple[str, str]]:
         return f"{value:,}" if isinstance(value, int) and value > 9_999 else str(value)
 
     return [(label, shown(training[key])) for key, label in TRAINING_LABELS.items() if training.get(key) is not None]
-
-
-def _hub_id(name: str | None) -> str | None:
-    """The encoder's name if it can be a Hub id: the Hub refuses metadata with a local path."""
-    return name if name and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not Path(name).is_dir() else None
 
 
 def _text_hash(content: str) -> str:

@@ -12,11 +12,12 @@ from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..modeling_rqmoe import RQMoEModel
-from ..record import RECORD_FILE, TRAINING_FILE, EvaluationRecord, load_record
+from ..record import RECORD_FILE, TRAINING_FILE, load_record
 from ..saving import save_whole, weights_checksum
 from .cards import (
     RQMoECardData,
     eval_results_files,
+    hub_id,
     is_generated,
     load_training,
     render_card,
@@ -107,40 +108,31 @@ def write_repository(
 ) -> None:
     """Writes what [`push_quantizer`] sends into a folder; see there."""
     folder, source = Path(folder), Path(model.name_or_path or "-")
-    record = _own_record(model)
+    record = load_record(model.name_or_path, model.commit_hash) if model.name_or_path else None
+    notes = source if source.is_dir() else None  # of this very training
+    if record is not None and record.weights != weights_checksum(model):
+        logger.warning(
+            "The %s beside %s was measured with other weights; it and the notes on their training are left out. Save "
+            "the model to a folder, measure it with `rqmoe evaluate --save` and push that.",
+            RECORD_FILE,
+            model.name_or_path,
+        )
+        record = notes = None
+    if model.config.base_model and hub_id(model.config.base_model) is None:
+        logger.warning("config.base_model is %s: name the encoder by its Hub id.", model.config.base_model)
     texts: dict[str, str] = {} if record is None else {RECORD_FILE: record.to_json(), **eval_results_files(record)}
-    beside = source if source.is_dir() else None
-    for name in COMPANIONS:
-        if beside is not None and (beside / name).is_file():
-            texts[name] = (beside / name).read_text("utf-8")
-    if card is None and not replace_card and beside is not None and (beside / "README.md").is_file():
-        found = (beside / "README.md").read_text("utf-8")
+    texts |= {name: (notes / name).read_text("utf-8") for name in COMPANIONS if notes and (notes / name).is_file()}
+    if card is None and not replace_card and (source / "README.md").is_file():
+        found = (source / "README.md").read_text("utf-8")
         card = None if is_generated(found) else ModelCard(found)
     if card is None:
-        training = None if beside is None else load_training(beside)
         data = RQMoECardData.from_model(model, record, Path(model_id).name)
         data.tags = [*(data.tags or []), *(tag for tag in tags or [] if tag not in (data.tags or []))]
-        card = render_card(model, model_id, record, training, data, include_code)
+        card = render_card(model, model_id, record, load_training(notes) if notes else None, data, include_code)
     texts["README.md"] = str(card)
     save_whole(model, folder, texts, half_size=_fits_bfloat16(model))
     if include_code:
         _add_code(model, folder)
-
-
-def _own_record(model: RQMoEModel) -> EvaluationRecord | None:
-    """The evaluation beside the checkpoint that the model was loaded from, if its weights are still those."""
-    if not model.name_or_path:
-        return None
-    record = load_record(model.name_or_path, model.commit_hash)
-    if record is not None and record.weights != weights_checksum(model):
-        logger.warning(
-            "The %s beside %s was measured with other weights and is left out of the card: measure again with "
-            "`rqmoe evaluate --save`.",
-            RECORD_FILE,
-            model.name_or_path,
-        )
-        return None
-    return record
 
 
 def _remote_card(api: HfApi, repo_id: str, revision: str | None) -> ModelCard | None:

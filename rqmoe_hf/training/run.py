@@ -81,6 +81,7 @@ def train_quantizer(
         }
         save_whole(quantizer, output, files, half_size)
     trainer.accelerator.wait_for_everyone()
+    quantizer.name_or_path = str(output)  # where push_to_hub finds evaluation and notes
     return quantizer
 
 
