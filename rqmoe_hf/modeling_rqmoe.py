@@ -25,6 +25,7 @@ from .configuration_rqmoe import RQMoEConfig
 from .decoding_rqmoe import decode_codes
 from .encoding_rqmoe import Tables, build_tables, encode_vectors
 
+_HUB_ARGUMENTS = ("repo_id", "commit_message", "private", "revision", "create_pr")  # of save_pretrained
 PROGRESS_BAR_FROM = 100_000  # vectors; below this, compress and decompress are silent unless asked
 
 
@@ -319,6 +320,13 @@ class RQMoEModel(RQMoEPreTrainedModel):
         if self.config.training_loss == "per_step":
             return errors.sum(dim=1).mean() / self.config.hidden_size
         return errors[:, -1].mean() / self.config.hidden_size
+
+    def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs):
+        """Saves config and weights; `push_to_hub`, `repo_id` and the like as in `PreTrainedModel.save_pretrained`."""
+        hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if push_to_hub:
+            self.push_to_hub(hub.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), **hub)
 
     def push_to_hub(self, repo_id: str, **kwargs):  # type: ignore[override]
         """Sends weights, config, evaluation and card to the Hub in one commit; see `rqmoe_hf.hub.push_quantizer`."""

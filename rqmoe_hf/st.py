@@ -17,6 +17,7 @@ from .codes import pack_codes
 from .modeling_rqmoe import RQMoEModel
 
 logger = logging.getLogger(__name__)
+CARD_TEMPLATE = Path(__file__).parent / "hub" / "templates" / "encoder.md"
 OUTPUTS = ("reconstruction", "codes", "none")
 
 
@@ -216,8 +217,19 @@ def _check_owner(owner: nn.Module, name: str, module: nn.Module | None) -> None:
             config.base_model,
             encoder,
         )
-    if getattr(owner, "_model_card_text", None):  # the card of the encoder alone would be saved again
-        owner._model_card_text = ""  # type: ignore[assignment]
+    if card is not None:
+        _describe(owner, card)
+
+
+def _describe(owner: SentenceTransformer, card: Any) -> None:
+    """Lets the model be saved with a card that says what the quantizer changes.
+
+    A card that describes the quantizer already, of a model that was saved with it, stays.
+    """
+    card.template_path = CARD_TEMPLATE
+    card.add_tags(RQMoEModel.model_tags)
+    if "RQMoEQuantizer" not in (getattr(owner, "_model_card_text", None) or ""):
+        owner._model_card_text = ""  # type: ignore[assignment]  # else that of the encoder alone is saved again
 
 
 register_module_module_registration_hook(_check_owner)

@@ -84,6 +84,18 @@ def test_the_bundled_quantizer_brings_its_results(hub, client):
     )
 
 
+def test_saving_can_push_too(hub, client, small):
+    client(f"""
+        from rqmoe_hf import RQMoEModel
+        model = RQMoEModel.from_pretrained({str(small)!r})
+        model.save_pretrained("here", push_to_hub=True, repo_id="org/saved", commit_message="Saved", private=True)
+        RQMoEModel.from_pretrained("here")
+    """)
+    repository = hub.repositories["model", "org/saved"]
+    assert list(repository.messages.values()) == ["initial commit", "Saved"] and repository.private
+    assert "# RQ-MoE quantizer for tiny" in hub.files("org/saved")["README.md"].content.decode()
+
+
 def test_branch_tag_and_commit(hub, client, small, clustered, tmp_path):
     push(client, small, "org/versions")
     first = hub.repositories["model", "org/versions"].branches["main"]
@@ -250,7 +262,7 @@ def test_codes_as_a_data_set(hub, client, small, clustered, tmp_path):
         import numpy as np, pyarrow as pa
         from datasets import load_dataset
         from rqmoe_hf import RQMoEModel
-        from rqmoe_hf.hub import load_codes
+        from rqmoe_hf.hub import load_codes, push_codes_to_hub
         codes, model = np.load("codes.npz"), RQMoEModel.from_pretrained("org/small")
         whole = load_codes("org/codes", model, "3x16")
         assert whole[:]["codes"].dtype == np.uint8
@@ -266,6 +278,16 @@ def test_codes_as_a_data_set(hub, client, small, clustered, tmp_path):
                 raise SystemExit("loaded a configuration that does not exist")
             except ValueError as error:
                 assert "which are 2x16, 3x16" in str(error), error
+        for codes_, options, message in (
+            (codes["whole"], {"ids": [1, 2]}, "There are 2 ids for 500 codes"),
+            (codes["whole"], {"config_name": "../up"}, "config_name must be letters"),
+            (codes["whole"].astype(np.int64), {}, "expects packed codes"),
+        ):
+            try:
+                push_codes_to_hub(codes_, "org/bad", model, **options)
+                raise SystemExit(f"pushed {options}")
+            except ValueError as error:
+                assert message in str(error), error
         model.mean += 1
         try:
             load_codes("org/codes", model, "3x16")
@@ -273,6 +295,7 @@ def test_codes_as_a_data_set(hub, client, small, clustered, tmp_path):
         except ValueError as error:
             assert "were made by org/small at revision" in str(error), error
     """, home="reader")  # fmt: skip
+    assert ("dataset", "org/bad") not in hub.repositories
     snippet = re.search(r"```python\n(.*?)```", card, flags=re.DOTALL)[1]
     client(f"{snippet}\nassert restored.shape == (2, 16)", home="snippet")
 
@@ -328,7 +351,11 @@ def test_a_combined_model_travels_through_the_hub(hub, client, encoder):
     assert "embeddings of sentence-transformers/all-MiniLM-L6-v2, but the encoder is org/another-encoder" in said
     files = hub.files("org/combined")
     assert "rqmoe-hf" in json.loads(files["config_sentence_transformers.json"].content)["requirements"]
-    assert "RQMoEQuantizer" in files["README.md"].content.decode()
+    card = files["README.md"].content.decode()
+    assert "RQMoEQuantizer" in card and "- rqmoe\n" in card and "base_model: sentence-transformers/all-" in card
+    snippet = re.search(r"```python\n(.*?)```", card, flags=re.DOTALL)[1]
+    assert "org/combined" in snippet
+    client(f"{snippet}\nassert restored.shape == (2, 384) and codes.shape == (2, 15)", home="snippet")
     client("""
         import json
         from sentence_transformers import SentenceTransformer

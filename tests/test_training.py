@@ -79,6 +79,15 @@ def test_gradients_are_clipped_by_value(clustered, tmp_path):
     assert seen == [pytest.approx(1e-4)]
 
 
+def test_the_trainer_writes_the_card_of_a_quantizer(clustered, tmp_path):
+    model = initialize(RQMoEModel(RQMoEConfig(**CONFIG)), clustered)
+    RQMoETrainer(model, arguments(tmp_path, eval_strategy="no", save_strategy="no", load_best_model_at_end=False),
+                 train_dataset=load_embeddings(clustered)).create_model_card(model_name="org/name")  # fmt: skip
+    card = (tmp_path / "README.md").read_text("utf-8")
+    assert "# RQ-MoE quantizer for embeddings of 16 dimensions" in card
+    assert 'RQMoEModel.from_pretrained("org/name")' in card
+
+
 def test_training_stops_early(clustered, tmp_path):
     args = arguments(tmp_path, early_stopping_patience=2, learning_rate=0.0, num_train_epochs=10)
     train_quantizer(RQMoEConfig(**CONFIG), load_embeddings(clustered), load_embeddings(clustered[:500]), args)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -71,32 +72,18 @@ def push_codes_to_hub(
     codes = load_codes("org/my-texts", quantizer)[:]["codes"]  # uint8 (100, 15)
     ```
     """
-    table, steps = _table(codes, ids, quantizer, num_codebooks)
-    config = quantizer.config
-    width = bytes_per_vector(steps, config.codebook_size)
-    if table.schema.field("codes").type != pa.list_(pa.uint8(), width):
-        raise ValueError(f"{steps} codes take {width} bytes, but the column is {table.schema.field('codes').type}.")
-    info = {
-        **_origin(quantizer, quantizer_id),
-        "weights": weights_checksum(quantizer),
-        "num_codebooks": steps,
-        "codebook_size": config.codebook_size,
-        "hidden_size": config.hidden_size,
-    }
-    name = config_name or f"{steps}x{config.codebook_size}"
+    table, info = _table(codes, ids, quantizer, num_codebooks, quantizer_id)
+    name = config_name or f"{info['num_codebooks']}x{info['codebook_size']}"
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(f"config_name must be letters, digits, '_', '-' and '.', got {name!r}.")
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
     if revision is not None:
         api.create_branch(repo_id, repo_type="dataset", branch=revision, exist_ok=True)
     with TemporaryDirectory() as folder:
-        parts = -(-len(table) // SHARD_ROWS)
-        (Path(folder) / name).mkdir()
-        for part in range(parts):
-            rows = table.slice(part * SHARD_ROWS, SHARD_ROWS)
-            rows = rows.replace_schema_metadata({CODES_METADATA: json.dumps(info).encode()})
-            pq.write_table(rows, Path(folder) / name / f"train-{part:05d}-of-{parts:05d}.parquet", compression="zstd")
-        records = _records(api, repo_id, revision) | {name: info | {"rows": len(table), "bytes_per_vector": width}}
-        records = {key: records[key] for key in (*(key for key in records if key != name), name)}
+        _write_shards(Path(folder) / name, table, info)
+        records = {key: record for key, record in _records(api, repo_id, revision).items() if key != name}
+        records[name] = _described(info, len(table))
         card = _card(api, repo_id, revision, records, "id" in table.column_names)
         (Path(folder) / "README.md").write_text(str(card), "utf-8")
         return api.upload_folder(
@@ -146,18 +133,46 @@ def load_codes(
     return dataset.with_format("numpy", columns=["codes"], dtype=np.uint8, output_all_columns=True)
 
 
-def _table(codes, ids, quantizer: RQMoEModel, num_codebooks: int | None) -> tuple[pa.Table, int]:
-    """The codes and ids as one Arrow table, and the codes per vector."""
+def _table(
+    codes, ids, quantizer: RQMoEModel, num_codebooks: int | None, quantizer_id: str | None
+) -> tuple[pa.Table, dict[str, Any]]:
+    """The codes and ids as one Arrow table, and what is recorded of their quantizer."""
+    config = quantizer.config
     if isinstance(codes, (str, os.PathLike)):
-        info = codes_info(codes)
-        check_quantizer(info, quantizer)
+        found = codes_info(codes)
+        check_quantizer(found, quantizer)
+        steps = found["num_codebooks"]
         table = load_table(codes).with_format("arrow")[:]  # type: ignore[index]
-        return table.select([name for name in ("id", "codes") if name in table.column_names]), info["num_codebooks"]
-    steps = quantizer._packed_steps(codes, num_codebooks)
-    columns = {} if ids is None else {"id": pa.array(ids)}
-    if ids is not None and len(columns["id"]) != len(codes):
-        raise ValueError(f"There are {len(columns['id'])} ids for {len(codes)} codes: give one each.")
-    return pa.table(columns | {"codes": fixed_size_column(codes)}), steps
+        table = table.select([name for name in ("id", "codes") if name in table.column_names])
+    else:
+        steps = quantizer._packed_steps(codes, num_codebooks)
+        columns = {} if ids is None else {"id": pa.array(ids)}
+        if ids is not None and len(columns["id"]) != len(codes):
+            raise ValueError(f"There are {len(columns['id'])} ids for {len(codes)} codes: give one each.")
+        table = pa.table(columns | {"codes": fixed_size_column(codes)})
+    info = {
+        **_origin(quantizer, quantizer_id),
+        "weights": weights_checksum(quantizer),
+        "num_codebooks": steps,
+        "codebook_size": config.codebook_size,
+        "hidden_size": config.hidden_size,
+    }
+    return table, info
+
+
+def _write_shards(folder: Path, table: pa.Table, info: dict[str, Any]) -> None:
+    """Parquet files that say in their metadata which quantizer the codes belong to."""
+    folder.mkdir()
+    parts = -(-len(table) // SHARD_ROWS)
+    for part in range(parts):
+        rows = table.slice(part * SHARD_ROWS, SHARD_ROWS)
+        rows = rows.replace_schema_metadata({CODES_METADATA: json.dumps(info).encode()})
+        pq.write_table(rows, folder / f"train-{part:05d}-of-{parts:05d}.parquet", compression="zstd")
+
+
+def _described(info: dict[str, Any], rows: int) -> dict[str, Any]:
+    width = bytes_per_vector(info["num_codebooks"], info["codebook_size"])
+    return info | {"rows": rows, "bytes_per_vector": width}
 
 
 def _origin(quantizer: RQMoEModel, quantizer_id: str | None) -> dict[str, str | None]:
@@ -195,8 +210,7 @@ def _records(api: HfApi, repo_id: str, revision: str | None) -> dict[str, dict[s
             rows += footer.num_rows
         info = json.loads((footer.metadata or {}).get(CODES_METADATA, b"{}"))
         if info:
-            width = bytes_per_vector(info["num_codebooks"], info["codebook_size"])
-            records[name] = info | {"rows": rows, "bytes_per_vector": width}
+            records[name] = _described(info, rows)
     return records
 
 

@@ -16,6 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..data.sources import as_array
 from ..evaluation import evaluate
+from ..saving import write_text
 
 MAX_EVALUATION_VECTORS = 20_000
 
@@ -107,6 +108,15 @@ class RQMoETrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def create_model_card(self, *args, model_name: str | None = None, **kwargs) -> None:
+        """Writes the quantizer's card to `output_dir`; the Trainer's own describes a fine-tuned language model."""
+        from ..hub.cards import render_card
+
+        if self.is_world_process_zero():
+            folder = Path(str(self.args.output_dir))
+            card = render_card(self.accelerator.unwrap_model(self.model), model_name or folder.name)
+            write_text(folder / "README.md", str(card))
 
 
 def last_complete_checkpoint(folder: Path) -> str | None:
