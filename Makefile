@@ -26,7 +26,7 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --numprocesses auto
+	$(BIN)/python -m pytest
 
 quality: .venv/installed
 	$(BIN)/ruff check .

@@ -3,8 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Threads of two processes on the same cores fight: one each where pytest-xdist runs several.
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import subprocess
 import sys

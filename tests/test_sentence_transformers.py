@@ -90,8 +90,14 @@ def test_ways_to_call(combined):
     np.testing.assert_array_equal(combined.encode(TEXTS[0], quantize="codes"), codes[0])
     np.testing.assert_array_equal(combined.encode(TEXTS, quantize="codes", device=["cpu", "cpu"]), codes)
     assert len(combined.encode([])) == 0
-    for text, code in zip(TEXTS, codes, strict=True):  # alone or in a batch of another length
-        np.testing.assert_array_equal(combined.encode([text], quantize="codes")[0], code)
+
+
+def test_a_text_gets_the_same_code_alone_and_among_others(combined, passages):
+    texts = TEXTS + passages
+    codes = combined.encode(texts, quantize="codes", batch_size=64)
+    np.testing.assert_array_equal(combined.encode(texts, quantize="codes", batch_size=7), codes)
+    for row in range(0, len(texts), 6):
+        np.testing.assert_array_equal(combined.encode(texts[row], quantize="codes"), codes[row])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
