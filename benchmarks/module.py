@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--encoder", default="sentence-transformers/all-MiniLM-L6-v2")
     parser.add_argument("--quantizer", default="minilm-384")
     parser.add_argument("--passages", type=Path, default=Path("data/passages/test.parquet"))
-    parser.add_argument("--texts", type=int, default=2048)
+    parser.add_argument("--texts", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 32, 256])
     arguments = parser.parse_args()

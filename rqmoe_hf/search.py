@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .additive import faiss_scanner, mean_contributions
+from .additive import SAMPLE, faiss_scanner, mean_contributions
 from .codes import unpack_codes
 from .modeling_rqmoe import RQMoEModel
 
@@ -117,7 +117,7 @@ def _search_shortlist(
     queries, codes, quantizer: RQMoEModel, count: int, shortlist: int, steps: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The same over those codes only that Faiss ranks highest by additive tables."""
-    rows = np.linspace(0, len(codes) - 1, DECODE_ALL).astype(int)
+    rows = np.linspace(0, len(codes) - 1, SAMPLE).astype(int)
     tables = mean_contributions(quantizer, unpack_codes(codes[rows], steps, quantizer.config.codebook_size))
     scanner = faiss_scanner(tables, codes)
     scores = np.empty((len(queries), count), np.float32)

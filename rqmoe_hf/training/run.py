@@ -14,7 +14,7 @@ from ..configuration_rqmoe import RQMoEConfig
 from ..data.sources import as_array, sample_array
 from ..modeling_rqmoe import RQMoEModel
 from ..record import RECORD_FILE, TRAINING_FILE, measure
-from ..saving import round_weights, save_whole
+from ..saving import round_weights, save_whole, write_text
 from .initialization import initialize
 from .trainer import MAX_EVALUATION_VECTORS, RQMoETrainer, RQMoETrainingArguments, last_complete_checkpoint
 
@@ -73,13 +73,13 @@ def train_quantizer(
     quantizer.eval()
     if trainer.is_world_process_zero():
         notes = _training_notes(trainer, train_dataset, model, init_method, description)
-        record = measure(quantizer, as_array(eval_dataset, np.arange(min(len(eval_dataset), MAX_EVALUATION_VECTORS))))
         files = {
             "training_log.json": json.dumps(trainer.state.log_history, indent=1) + "\n",
             TRAINING_FILE: json.dumps(notes, indent=1) + "\n",
-            RECORD_FILE: record.to_json(),
         }
-        save_whole(quantizer, output, files, half_size)
+        save_whole(quantizer, output, files, half_size)  # first: nothing that is measured may cost the weights
+        vectors = as_array(eval_dataset, np.arange(min(len(eval_dataset), MAX_EVALUATION_VECTORS)))
+        write_text(output / RECORD_FILE, measure(quantizer, vectors).to_json())
     trainer.accelerator.wait_for_everyone()
     quantizer.name_or_path = str(output)  # where push_to_hub finds evaluation and notes
     return quantizer
