@@ -1,6 +1,6 @@
 """Builds the English passages that the bundled quantizers are trained on, from Debian packages.
 
-    python benchmarks/passages.py --output data/passages
+    python benchmarks/sets/passages.py --output data/passages
 
 writes ``train.parquet`` and ``test.parquet`` with the columns ``text`` and ``source``. The sources are dictionary
 entries (WordNet glosses, GCIDE, FOLDOC) and the paragraphs of Debian's package descriptions: short English prose from
@@ -17,24 +17,34 @@ import hashlib
 import random
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from downloads import unpack_debian
+from storage import text_checksum
 
 PACKAGES = ("wordnet-base", "dict-gcide", "dict-foldoc")
+EXPECTED = {  # sha256 of the texts behind the published results
+    "train": "94de557861e447f06ee0db188f67c41cfe4a4ef261b3152b48fd6d525e0e8e0a",
+    "test": "dddf51ea28898cf162a48e9acac6066087b926a3de846147a9e03b56516d9135",
+}
+SOURCES = [
+    {"name": "Debian package wordnet-base", "version": "1:3.0-37", "licence": "WordNet 3.0 licence"},
+    {"name": "Debian package dict-gcide", "version": "0.48.5+nmu2", "licence": "GPL"},
+    {"name": "Debian package dict-foldoc", "version": "20230119-1", "licence": "GFDL-1.1"},
+    {"name": "Debian package descriptions", "version": "Debian 12", "licence": "that of each package"},
+]
 TEST_SHARE = 0.05
 MIN_WORDS, MAX_WORDS = 3, 200
 
 
 def download_packages(folder: Path) -> None:
     """Unpacks the dictionaries' packages and the English package descriptions below ``folder``."""
-    for package in PACKAGES:
-        subprocess.run(["apt-get", "download", "-q", package], cwd=folder, check=True, stdout=subprocess.DEVNULL)
-    for archive in sorted(folder.glob("*.deb")):
-        subprocess.run(["dpkg-deb", "-x", archive, folder / "root"], check=True)
+    unpack_debian(PACKAGES, folder)
     (folder / "lists" / "partial").mkdir(parents=True)
     (folder / "cache").mkdir()
     # Lists of our own: many systems are set not to fetch the descriptions, and the system's setting stays as it is.
@@ -135,8 +145,36 @@ def build(output: Path, seed: int) -> None:
         part = [row for row in rows if (split_key(row[0]) < TEST_SHARE) == wanted]
         table = pa.table({"text": [text for text, _ in part], "source": [source for _, source in part]})
         pq.write_table(table, output / f"{split}.parquet", compression="zstd")
-        digest = hashlib.sha256("\n".join(text for text, _ in part).encode()).hexdigest()
-        print(f"{split}: {len(part):,} passages, sha256 of the texts {digest[:16]}")
+        print(f"{split}: {len(part):,} passages, sha256 of the texts {check([text for text, _ in part], split)[:16]}")
+
+
+def check(texts: list[str], split: str) -> str:
+    """Warns if the texts are not those behind the published results; returns their sha256."""
+    found = text_checksum(texts)
+    if found != EXPECTED[split]:
+        print(
+            f"Warning: the {split} passages differ from those behind the published results (sha256 {found[:16]}, not "
+            f"{EXPECTED[split][:16]}). Point releases of Debian change package descriptions. Sets made of them are as "
+            "good to compare methods on, but their results differ a little from the published ones.",
+            file=sys.stderr,
+        )
+    return found
+
+
+def read(folder: Path, split: str, limit: int | None = None) -> list[str]:
+    """Reads the texts of a split, "train" or "test", and warns if they are not the expected ones.
+
+    Args:
+        folder: What ``--output`` was.
+        split: Which one.
+        limit: Only so many from the beginning, which are a random sample.
+    """
+    path = folder / f"{split}.parquet"
+    if not path.is_file():
+        raise SystemExit(f"There is no {path}: python benchmarks/sets/passages.py --output {folder} makes it.")
+    texts = pq.read_table(path, columns=["text"]).column("text").to_pylist()
+    check(texts, split)
+    return texts[:limit]
 
 
 if __name__ == "__main__":
