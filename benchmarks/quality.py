@@ -1,115 +1,196 @@
-"""Error and recall at equal bytes: the bundled quantizer and Faiss's, trained on the same vectors.
+"""Error and recall of all methods at equal bytes, trained on the same vectors.
 
-    python benchmarks/quality.py --train data/embeddings/train --test data/embeddings/test
+    python benchmarks/quality.py --set minilm-384
+    python benchmarks/quality.py --set minilm-384 --methods PQ "RQ, beam 5" --bytes 8 16 --limit 100000
+    python benchmarks/quality.py --set minilm-384 --methods --ours minilm-384:6 runs/minilm-384-32-bytes
 
-The first 5,000 test vectors chose the bundled quantizer's checkpoint and are left out; of the rest, 1,000 are queries
-and the others the database. Methods that are in the results file already are not run again (`--again` does).
+Every cell, a method at a number of bytes, is written to results/quality-<set>.json as soon as it is measured, and not
+measured again (`--again` does): a run that was stopped continues. A cell counts for its data, its number of training
+vectors and, if it is a quantizer of ours, its weights.
+
+The database is ranked by the Euclidean distance of its reconstructions to unquantized queries.
 """
 
 import argparse
+import gc
+import sys
 import time
+import traceback
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import environment
 import faiss
 import numpy as np
+import tasks as text_tasks
+import torch
+from rivals import REFERENCES, RIVALS, Quantizer, Searcher, build
+from rivals.family import RECIPES, FamilyMember, Ours
+from rivals.interface import squared_error
+from rivals.limits import training_vectors
+from sets import SETS, EmbeddingSet, load
 
-from rqmoe_hf import bytes_per_vector
-from rqmoe_hf.bundled import bundled_quantizers, load_quantizer
-from rqmoe_hf.data import as_array, load_embeddings
-from rqmoe_hf.evaluation import evaluate, nearest_neighbors, recalls, split_queries
-from rqmoe_hf.record import RECORD_FILE, measure
-from rqmoe_hf.saving import write_text
+from rqmoe_hf.evaluation import nearest_neighbors, recalls
 
-TEXTS = "held-out English passages of dictionaries and Debian's package descriptions"
-VALIDATION = 5_000  # evaluation_size of the bundled quantizer's recipe
-SUBSETS = {"LSQ8x8": 100_000}  # methods that would take more than two hours on all vectors: on this many
-FAISS = {
-    "PQ8x8": lambda d: faiss.IndexPQ(d, 8, 8),
-    "PQ16x8": lambda d: faiss.IndexPQ(d, 16, 8),
-    "RQ8x8, beam 5": lambda d: faiss.IndexResidualQuantizer(d, 8, 8),
-    "RQ16x8, beam 5": lambda d: faiss.IndexResidualQuantizer(d, 16, 8),
-    "LSQ8x8": lambda d: faiss.IndexLocalSearchQuantizer(d, 8, 8),
-}
+BYTES = (8, 16, 32, 64)
+DEPTH = 100  # of the ranking: R@100
 
 
-def measure_faiss(name: str, train: np.ndarray, test: np.ndarray) -> dict:
-    """Trains one Faiss quantizer and measures it."""
-    index = FAISS[name](train.shape[1])
-    if isinstance(index, faiss.IndexResidualQuantizer):
-        index.rq.max_beam_size = 5
-    vectors = train[: SUBSETS.get(name, len(train))]
-    start = time.perf_counter()
-    index.train(np.ascontiguousarray(vectors))
-    trained = time.perf_counter()
-    queries, database = split_queries(test)
-    codes = index.sa_encode(np.ascontiguousarray(database))
-    encoded = time.perf_counter()
-    restored = index.sa_decode(codes)
-    truth, found = nearest_neighbors(queries, database, 10), nearest_neighbors(queries, restored, 10)
+@dataclass(frozen=True)
+class Cell:
+    """One method at one number of bytes.
+
+    Args:
+        method: Key of `RIVALS`, `REFERENCES` or `RECIPES`, or what stands behind `--ours`.
+        size: Bytes per vector; None for what has bytes of its own.
+        ours: Whether it is a finished quantizer.
+    """
+
+    method: str
+    size: int | None
+    ours: bool = False
+
+
+def list_cells(methods: list[str], sizes: list[int], ours: list[str]) -> list[Cell]:
+    """The cells of a run, in order: small codes first."""
+    unknown = [method for method in methods if method not in (*RIVALS, *REFERENCES, *RECIPES)]
+    if unknown:
+        raise ValueError(f"Unknown: {unknown}. There are {', '.join((*RIVALS, *REFERENCES, *RECIPES))}.")
+    fixed = [Cell(method, None) for method in methods if method in REFERENCES]
+    rated = [Cell(method, size) for size in sizes for method in methods if method not in REFERENCES]
+    return [*fixed, *rated, *(Cell(given, None, ours=True) for given in ours)]
+
+
+def prepare(cell: Cell, data: EmbeddingSet, minutes: float) -> tuple[Quantizer | None, dict]:
+    """The untrained quantizer of a cell, and the fields that identify the cell."""
+    available, dimension = data.train.shape
+    identity = {"method": cell.method, "bytes": cell.size, "training_vectors": available, "checksum": data.checksum}
+    if cell.ours:
+        finished = Ours(cell.method)
+        known = {"method": finished.name, "bytes": -(-finished.code_bits // 8), "weights": finished.fingerprint}
+        return finished, identity | known | {"training_vectors": finished.training_vectors}
+    if cell.method in RECIPES:
+        assert cell.size is not None
+        member = FamilyMember(cell.method, dimension, cell.size, 60 * minutes)
+        return member, identity | {"method": f"{cell.method}, {minutes:g} minutes"}
+    quantizer = build(cell.method, dimension, cell.size or 0)
+    if cell.size is None:
+        assert quantizer is not None
+        return quantizer, identity | {"bytes": -(-quantizer.code_bits // 8)}
+    count, reason = training_vectors(cell.method, cell.size, dimension, available)
+    if count == 0 or quantizer is None:
+        print(f"{cell.method} at {cell.size} bytes: {reason or 'does not exist'}", flush=True)
+        return None, identity
+    return quantizer, identity | {"training_vectors": count} | ({"note": reason} if reason else {})
+
+
+def key_of(identity: dict) -> str:
+    """The name of a cell in the results file."""
+    parts = [identity["method"], f"{identity['bytes']} bytes", f"{identity['training_vectors']} training vectors"]
+    return " | ".join([*parts, *(identity[part] for part in ("weights", "checksum") if part in identity)])
+
+
+def ranking(truth: np.ndarray, found: np.ndarray) -> dict[str, float]:
+    """R@1, R@10, R@100 and recall@10 of ranked neighbours, both `(n, 100)` or as many as there are."""
+    first, tenth, recall = recalls(truth, found)
+    hundredth = float((found == truth[:, :1]).any(axis=1).mean())
     return {
-        "bytes_per_vector": index.sa_code_size(),
-        "training_vectors": len(vectors),
-        "mse": float(np.square(database - restored).sum(axis=1).mean()),
-        **dict(zip(("recall_at_1_1", "recall_at_1_10", "recall_10_at_10"), recalls(truth, found), strict=True)),
-        "train_seconds": round(trained - start, 1),
-        "encode_per_second": round(len(database) / (encoded - trained)),
+        "recall_at_1_1": first,
+        "recall_at_1_10": tenth,
+        "recall_at_1_100": hundredth,
+        "recall_10_at_10": recall,
     }
 
 
-def measure_bundled(name: str, test: np.ndarray, beams: tuple[int, ...]) -> dict[str, dict]:
-    """The bundled quantizer at 8 bytes and at full length; shorter codes are encoded as such, not cut."""
-    model = load_quantizer(name)
-    queries, database = split_queries(test)
-    truth = nearest_neighbors(queries, database, 10)
-    results = {}
-    for steps in (model.config.num_codebooks // 2, model.config.num_codebooks):
-        for beam in beams:
-            start = time.perf_counter()
-            restored = model.decompress(model.compress(database, num_codebooks=steps, beam_size=beam), steps)
-            seconds = time.perf_counter() - start
-            found = nearest_neighbors(queries, restored, 10)
-            results[f"{name}, {steps} codes, beam {beam}"] = {
-                "bytes_per_vector": bytes_per_vector(steps, model.config.codebook_size),
-                "bits": steps * model.config.bits_per_code,
-                "mse": float(np.square(database - restored).sum(axis=1).mean()),
-                **dict(
-                    zip(("recall_at_1_1", "recall_at_1_10", "recall_10_at_10"), recalls(truth, found), strict=True)
-                ),
-                "encode_per_second": round(len(database) / seconds),
-            }
-    cut = evaluate(model, database, queries, [model.config.num_codebooks // 2])[0].as_dict()
-    keys = ("bytes_per_vector", "mse", "recall_at_1_1", "recall_at_1_10", "recall_10_at_10")
-    results[f"{name}, {cut['num_codebooks']} codes cut from the whole"] = {key: cut[key] for key in keys}
-    return results
+def measure(quantizer: Quantizer, train: np.ndarray, data: EmbeddingSet, truth: np.ndarray) -> dict:
+    """Trains, encodes and decodes; times each and compares with the truth, `(n_queries, 100)`."""
+    started = time.perf_counter()
+    quantizer.train(train)
+    trained = time.perf_counter()
+    codes = quantizer.encode(data.database)
+    encoded = time.perf_counter()
+    restored = np.ascontiguousarray(quantizer.decode(codes), np.float32)
+    decoded = time.perf_counter()
+    norms = np.linalg.norm(restored, axis=1)
+    products = np.einsum("nd,nd->n", data.database, restored)
+    cosines = products / np.maximum(np.linalg.norm(data.database, axis=1) * norms, 1e-12)
+    depth = truth.shape[1]
+    row = {
+        "bits": quantizer.code_bits,
+        "codebook_bytes": quantizer.codebook_bytes,
+        "mse": squared_error(data.database, restored),
+        "cosine": float(cosines.mean()),
+        **ranking(truth, nearest_neighbors(data.queries, restored, depth)),
+        "train_seconds": round(trained - started, 1),
+        "encode_per_second": round(len(codes) / (encoded - trained)),
+        "decode_per_second": round(len(codes) / (decoded - encoded)),
+        "threads": {"torch": torch.get_num_threads(), "faiss": faiss.omp_get_max_threads()},
+    }
+    if data.unit_norm:
+        renormalised = restored / np.maximum(norms, 1e-12)[:, None]
+        row["recall_10_at_10_renormalised"] = recalls(truth, nearest_neighbors(data.queries, renormalised, 10))[2]
+    if isinstance(quantizer, Searcher):
+        row["recall_10_at_10_own_search"] = recalls(truth, quantizer.search(data.queries, codes, 10))[2]
+    if isinstance(quantizer, Ours):
+        row |= quantizer.experts_share(data.train, data.database, codes) or {}
+    if isinstance(quantizer, FamilyMember):
+        row["epochs"] = round(quantizer.epochs, 2)
+    return row
+
+
+def run(cells: list[Cell], data: EmbeddingSet, arguments: argparse.Namespace) -> list[str]:
+    """Measures the cells that are missing, and gives the names of those that failed."""
+    file = f"quality-{data.name}"
+    results = environment.load(file)
+    results |= {"environment": environment.describe(), "set": data.name, "description": data.description}
+    results |= {"database": len(data.database), "queries": len(data.queries), "unit_norm": data.unit_norm}
+    measured = results.setdefault("cells", {})
+    tasks = text_tasks.open_tasks(data.name, arguments.root, arguments.encoder) if arguments.tasks else None
+    truth, failed = nearest_neighbors(data.queries, data.database, min(DEPTH, len(data.database))), []
+    for number, cell in enumerate(cells, 1):
+        label = cell.method if cell.size is None else f"{cell.method}, {cell.size} bytes"
+        try:
+            quantizer, identity = prepare(cell, data, arguments.minutes)
+            key = key_of(identity)
+            known = measured.get(key, {})
+            if quantizer is None or (known and not arguments.again and (tasks is None or "tasks" in known)):
+                continue
+            print(f"[{number}/{len(cells)}] {label}", flush=True)
+            row = identity | measure(quantizer, data.train[: identity["training_vectors"]], data, truth)
+            if tasks is not None:
+                row["tasks"] = text_tasks.measure(quantizer, tasks)
+        except Exception:  # hours of other cells must not be lost
+            traceback.print_exc()
+            failed.append(label)
+            continue
+        measured[key] = row | {"date": results["environment"]["date"]}
+        environment.save(file, results)
+        short = {name: round(value, 4) for name, value in row.items() if isinstance(value, float)}
+        print(f"[{number}/{len(cells)}] {label}: {short}, {row['train_seconds']} s of training", flush=True)
+        del quantizer
+        gc.collect()
+    return failed
 
 
 def main() -> None:
-    """Runs what is asked for and writes results/quality.json after every method."""
+    """Reads the arguments and runs the cells."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", default="data/embeddings/train")
-    parser.add_argument("--test", default="data/embeddings/test")
-    parser.add_argument("--methods", nargs="*", default=[*FAISS, "minilm-384"])
-    parser.add_argument("--beams", nargs="*", type=int, default=[1, 4, 8, 32])
-    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--set", choices=list(SETS), default="minilm-384")
+    parser.add_argument("--root", type=Path, default=Path("data"))
+    parser.add_argument("--methods", nargs="*", default=[*REFERENCES, *RIVALS], help="default: all rivals")
+    parser.add_argument("--bytes", nargs="*", type=int, default=list(BYTES))
+    parser.add_argument("--ours", nargs="*", default=[], metavar="NAME[:CODES]", help="trained quantizers")
+    parser.add_argument("--limit", type=int, help="use only the first so many training vectors")
+    parser.add_argument("--minutes", type=float, default=60.0, help="training time of qinco and official")
+    parser.add_argument("--tasks", action="store_true", help="also measure similarity and retrieval of texts")
+    parser.add_argument("--encoder", help="folder or Hub id of the set's encoder, for --tasks")
+    parser.add_argument("--again", action="store_true", help="measure what is in the results file too")
     arguments = parser.parse_args()
-    train = as_array(load_embeddings(arguments.train))
-    test = as_array(load_embeddings(arguments.test))[VALIDATION:]
-    results = environment.load("quality")
-    results |= {"environment": environment.describe(), "train": len(train), "test": len(test)}
-    methods = results.setdefault("methods", {})
-    for name in arguments.methods:
-        if any(found.startswith(name) for found in methods) and not arguments.again:
-            continue
-        measured = (
-            {name: measure_faiss(name, train, test)} if name in FAISS else measure_bundled(name, test, arguments.beams)
-        )
-        methods |= measured
-        for label, row in measured.items():
-            print(label, row, flush=True)
-        environment.save("quality", results)
-        if name not in FAISS:  # what the card shows and fit checks compare with
-            record = measure(load_quantizer(name), test, TEXTS)
-            write_text(bundled_quantizers()[name] / RECORD_FILE, record.to_json())
+    cells = list_cells(arguments.methods, arguments.bytes, arguments.ours)
+    data = load(arguments.set, arguments.root)  # all of it: the checksum should not depend on the limit
+    failed = run(cells, replace(data, train=data.train[: arguments.limit]), arguments)
+    if failed:
+        sys.exit(f"Failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

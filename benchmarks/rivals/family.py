@@ -1,0 +1,209 @@
+"""Members of our own family: the published ones, trained by the package's own Trainer, and finished quantizers."""
+
+import hashlib
+import json
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rqmoe_hf import RQMoEConfig, RQMoEModel, unpack_codes
+from rqmoe_hf.additive import MAX_COLUMNS
+from rqmoe_hf.bundled import load_quantizer, quantizer_source
+from rqmoe_hf.data import dataset_from_array
+from rqmoe_hf.record import TRAINING_FILE
+from rqmoe_hf.training import RQMoETrainingArguments, initialize, train_quantizer
+
+from .additive_tables import best_tables, decode_tables
+from .interface import contiguous, squared_error
+
+VALIDATION = 5_000
+TABLE_VECTORS = 200_000
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a published member is trained.
+
+    Args:
+        config: Settings of the member, without sizes of the data.
+        batch_size: Vectors per step.
+        learning_rate: Of the first step; a cosine takes the place of the authors' drops after a plateau, which a fixed
+            time does not have.
+        weight_decay: Of the optimizer.
+    """
+
+    config: dict = field(default_factory=dict)
+    batch_size: int = 1024
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+
+
+# Both start from Faiss RQ of beam 1 and evaluate 16 pre-selected codewords per step (QINCo2's A = 16): their authors
+# evaluate all 256, which no budget of hours on a processor allows.
+SEARCH = {"num_candidates": 16, "beam_size": 1, "codebook_size": 256, "intermediate_size": 256}
+RECIPES = {
+    # The settings of QINCo's training page for 500,000 vectors.
+    "qinco": Recipe({**SEARCH, "num_expert_layers": 4, "training_loss": "per_step"}, 1024, 1e-3, 0.0),
+    # The defaults of the training script of RQ-MoE's authors.
+    "official": Recipe({**SEARCH, "num_experts": 4, "num_expert_layers": 2, "dropout": 0.1}, 4096, 1e-3, 1e-6),
+}
+
+
+class FamilyMember:
+    """A published member of the family with 8-bit codes, trained within a time budget.
+
+    Args:
+        member: "qinco" or "official", a key of `RECIPES`.
+        dimension: Of the vectors.
+        size: Bytes per vector, hence codebooks.
+        seconds: Training time that the number of epochs is derived from.
+        overrides: Fields of the config other than the recipe's.
+    """
+
+    def __init__(self, member: str, dimension: int, size: int, seconds: float = 3600, **overrides):
+        self.recipe = RECIPES[member]
+        build = {"qinco": RQMoEConfig.qinco, "official": RQMoEConfig.official}[member]
+        self.config = build(**{**self.recipe.config, **overrides}, hidden_size=dimension, num_codebooks=size)
+        self.seconds = seconds
+        self.epochs = 0.0
+        self.model = RQMoEModel(self.config)
+
+    @property
+    def code_bits(self) -> int:
+        """See [`Quantizer`]."""
+        return self.config.num_codebooks * self.config.bits_per_code
+
+    @property
+    def codebook_bytes(self) -> int:
+        """All weights, in float32."""
+        return 4 * sum(weight.numel() for weight in self.model.parameters())
+
+    def train(self, vectors: np.ndarray) -> None:
+        """Trains for as many epochs as fit into the budget; the best epoch on held-out vectors counts."""
+        held_out = min(VALIDATION, len(vectors) // 10)
+        kept, validation = vectors[:-held_out], vectors[-held_out:]
+        batch_size = min(self.recipe.batch_size, len(kept))
+        per_batch = seconds_per_batch(self.config, kept, batch_size)
+        self.epochs = max(self.seconds / per_batch * batch_size / len(kept), batch_size / len(kept))
+        with tempfile.TemporaryDirectory() as folder:
+            args = RQMoETrainingArguments(
+                output_dir=folder,
+                num_train_epochs=self.epochs,
+                per_device_train_batch_size=batch_size,
+                learning_rate=self.recipe.learning_rate,
+                weight_decay=self.recipe.weight_decay,
+                report_to=[],
+                disable_tqdm=True,
+                logging_strategy="epoch",
+            )
+            data = dataset_from_array(contiguous(kept)), dataset_from_array(contiguous(validation))
+            self.model = train_quantizer(self.config, *data, args, init_beam_size=1).eval()
+
+    def encode(self, vectors: np.ndarray) -> np.ndarray:
+        """Packed codes, uint8."""
+        return self.model.compress(vectors, show_progress_bar=False)
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """See [`Quantizer.decode`]."""
+        return self.model.decompress(codes, show_progress_bar=False)
+
+
+def seconds_per_batch(config: RQMoEConfig, vectors: np.ndarray, batch_size: int) -> float:
+    """Time of one training step, the second of two, without the optimizer's few operations per weight."""
+    # Any codebooks will do for the time, so few vectors and a beam of one.
+    model = initialize(RQMoEModel(config), vectors[: 8 * config.codebook_size], beam_size=1)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    model = model.to(device).train()
+    batch = torch.from_numpy(np.array(vectors[:batch_size], np.float32)).to(device)
+    seconds = 0.0
+    for _ in range(2):
+        start = time.perf_counter()
+        loss = model(batch).loss
+        loss.backward()
+        loss.item()  # waits for the device
+        seconds = time.perf_counter() - start
+    return seconds
+
+
+class Ours:
+    """A finished quantizer with the search settings of its config.
+
+    Args:
+        given: `name` or `name:codes`: a bundled name or a folder, and how many of its codes to use.
+    """
+
+    def __init__(self, given: str):
+        name, separator, codes = given.rpartition(":")
+        if not separator or not codes.isdigit():
+            name, codes = given, ""
+        self.model = load_quantizer(name)
+        self.source = Path(quantizer_source(name))
+        self.codes = int(codes or self.model.config.num_codebooks)
+        if not 1 <= self.codes <= self.model.config.num_codebooks:
+            raise ValueError(f"{name} has {self.model.config.num_codebooks} codes, got {self.codes}.")
+        self.name = f"ours:{Path(name).name}:{self.codes}"
+
+    @property
+    def code_bits(self) -> int:
+        """See [`Quantizer`]."""
+        return self.codes * self.model.config.bits_per_code
+
+    @property
+    def codebook_bytes(self) -> int:
+        """The weight files, or the weights in float32 if they are not in a local folder."""
+        stored = sum(file.stat().st_size for file in self.source.glob("*.safetensors"))
+        return stored or 4 * sum(weight.numel() for weight in self.model.parameters())
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve digits that change with the weights, so that a quantizer trained anew is measured anew."""
+        digest = hashlib.sha256()
+        for _, weight in sorted(self.model.state_dict().items()):
+            digest.update(weight.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:12]
+
+    @property
+    def training_vectors(self) -> int | None:
+        """How many vectors it was trained on, as far as its notes say."""
+        notes = self.source / TRAINING_FILE
+        return json.loads(notes.read_text("utf-8")).get("vectors") if notes.is_file() else None
+
+    def train(self, vectors: np.ndarray) -> None:
+        """Nothing: it is trained."""
+
+    def encode(self, vectors: np.ndarray) -> np.ndarray:
+        """Packed codes, uint8."""
+        return self.model.compress(vectors, self.codes, show_progress_bar=False)
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """See [`Quantizer.decode`]."""
+        return self.model.decompress(codes, self.codes, show_progress_bar=False)
+
+    def experts_share(self, vectors: np.ndarray, database: np.ndarray, codes: np.ndarray) -> dict[str, float] | None:
+        """What the experts earn over the best additive tables for the same codes.
+
+        Args:
+            vectors: Training vectors `(n, d)`; the tables are fitted to the codes of up to 200,000.
+            database: `(m, d)`.
+            codes: Packed codes of the database.
+
+        Returns:
+            The share 1 - error of the model / error of the tables, and the error of the tables; None for an additive
+            quantizer and where the system of equations is too large.
+        """
+        config = self.model.config
+        if not config.has_experts or self.codes * config.codebook_size > MAX_COLUMNS:
+            return None
+        vectors = vectors[:TABLE_VECTORS]
+        known = unpack_codes(self.encode(vectors), self.codes, config.codebook_size)
+        tables = best_tables(known, vectors, config.codebook_size)
+        restored = decode_tables(tables, unpack_codes(codes, self.codes, config.codebook_size))
+        additive = squared_error(database, restored)
+        return {
+            "experts_share": 1 - squared_error(database, self.decode(codes)) / additive,
+            "additive_tables_mse": additive,
+        }
