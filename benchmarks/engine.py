@@ -1,6 +1,6 @@
 """Speed of the engine against the algorithm as published, on trained weights, in one run.
 
-    python benchmarks/engine.py --train data/embeddings/train --test data/embeddings/test
+    python benchmarks/engine.py --train data/minilm-384/train --test data/minilm-384/test
 
 Each setting is trained on 44,000 vectors, then encoded and decoded by the engine in float32 and bfloat16 and by
 `plain.py`, which evaluates all codewords with all experts. The 768-dimensional vectors are pairs of 384-dimensional
@@ -164,8 +164,8 @@ def compare_with_qinco(settings: dict[str, dict]) -> dict[str, dict]:
 def main() -> None:
     """Trains and measures the settings; writes results/engine.json after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", default="data/embeddings/train")
-    parser.add_argument("--test", default="data/embeddings/test")
+    parser.add_argument("--train", default="data/minilm-384/train")
+    parser.add_argument("--test", default="data/minilm-384/test")
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS))
     parser.add_argument("--epochs", type=float, default=5.0)
     arguments = parser.parse_args()

@@ -32,6 +32,8 @@ class RQMoEConfig(PreTrainedConfig):
             `"per_step"` sums the squared errors of all prefixes; `"last_step"` is the squared error of the whole code.
         num_candidates: Default number of codewords per beam entry that the encoder evaluates exactly.
         beam_size: Default number of partial codes that the encoder keeps per vector.
+        local_search: Default rounds of local search with which the encoder improves the codes of the beam: slower, and
+            closer. 0 is none. It keeps tables of (num_codebooks * codebook_size)^2 numbers.
         base_model: Id of the encoder whose embeddings this quantizer was trained for.
     """
 
@@ -52,6 +54,7 @@ class RQMoEConfig(PreTrainedConfig):
     training_loss: Literal["normalized_residual", "per_step", "last_step"] = "normalized_residual"
     num_candidates: int = 8
     beam_size: int = 4
+    local_search: int = 0
     base_model: str | None = None
 
     @classmethod
@@ -82,6 +85,8 @@ class RQMoEConfig(PreTrainedConfig):
             raise ValueError(f"num_experts must be 0 (an additive quantizer) or more, got {self.num_experts}.")
         if self.gate == "none" and self.num_experts > 1:
             raise ValueError(f"gate='none' needs num_experts=1, got {self.num_experts}: set gate='linear'.")
+        if self.local_search < 0:
+            raise ValueError(f"local_search must be 0 (none) or a number of rounds, got {self.local_search}.")
         if self.instruction_size is not None and self.instruction_size < 1:
             raise ValueError(f"instruction_size must be at least 1, got {self.instruction_size}.")
         if self.conditioning == "reconstruction" and self.instruction_size not in (None, self.hidden_size):

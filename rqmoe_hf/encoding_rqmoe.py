@@ -11,7 +11,7 @@ have the width w = F * N * H + gate width (+ d where F < L).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ class Tables:
     output_scale: torch.Tensor | None  # (S, 1, d)
     down: torch.Tensor | None  # (S, F * N * H, d), second matrices of the last F layers, scaled
     decoding: Any = None  # what decoding_rqmoe derives from these tables, on first use
+    pairs: dict[int, Any] = field(default_factory=dict)  # what local_search_rqmoe derives, per number of codes
     num_experts: int = 0
     inner_size: int = 0  # F * N * H
     intermediate_size: int = 0

@@ -24,6 +24,8 @@ from .codes import bytes_per_vector, check_codes, pack_codes, unpack_codes
 from .configuration_rqmoe import RQMoEConfig
 from .decoding_rqmoe import decode_codes
 from .encoding_rqmoe import Tables, build_tables, encode_vectors
+from .experts_rqmoe import RQMoEExperts
+from .local_search_rqmoe import refine_codes
 
 _HUB_ARGUMENTS = ("repo_id", "commit_message", "private", "revision", "create_pr")  # of save_pretrained
 PROGRESS_BAR_FROM = 100_000  # vectors; below this, compress and decompress are silent unless asked
@@ -60,50 +62,6 @@ class RQMoEDecoderOutput(ModelOutput):
     """The reconstruction, `(batch, hidden_size)`."""
 
     reconstruction: torch.Tensor | None = None
-
-
-class RQMoEExperts(nn.Module):
-    """The mixtures of all steps after the first, stacked, so that they can be evaluated in parallel."""
-
-    def __init__(self, config: RQMoEConfig):
-        super().__init__()
-        steps, layers, experts = config.num_codebooks - 1, config.num_expert_layers, config.num_experts
-        size, width = config.hidden_size, config.intermediate_size
-        self.residual = config.residual
-        self.dropout = config.dropout
-        self.codeword_proj = nn.Parameter(torch.empty(steps, size, size))
-        self.condition_proj = nn.Parameter(torch.empty(steps, size, config.condition_size))
-        self.bias = nn.Parameter(torch.empty(steps, size))
-        self.gate_up_proj = nn.Parameter(torch.empty(steps, width, size)) if config.gate == "mlp" else None
-        gate_input = width if config.gate == "mlp" else size
-        self.gate_proj = nn.Parameter(torch.empty(steps, experts, gate_input)) if config.gate != "none" else None
-        self.gate_bias = nn.Parameter(torch.empty(steps, experts)) if config.gate == "linear" else None
-        self.up_proj = nn.Parameter(torch.empty(steps, layers, experts, width, size))
-        self.down_proj = nn.Parameter(torch.empty(steps, layers, experts, size, width))
-        self.output_scale = nn.Parameter(torch.empty(steps, size))
-
-    def gate(self, hidden: torch.Tensor, steps: slice = slice(None)) -> torch.Tensor:
-        """Weights of the experts, `(S, n, N)`, from the conditioned codewords `(S, n, d)`."""
-        if self.gate_proj is None:
-            return hidden.new_ones(*hidden.shape[:2], 1)
-        if self.gate_up_proj is not None:
-            hidden = F.dropout(F.relu(hidden @ self.gate_up_proj[steps].mT), self.dropout, self.training)
-        logits = hidden @ self.gate_proj[steps].mT
-        if self.gate_bias is not None:
-            logits = logits + self.gate_bias[steps, None]
-        return logits.softmax(dim=-1)
-
-    def forward(self, codewords: torch.Tensor, condition: torch.Tensor, steps: slice = slice(None)) -> torch.Tensor:
-        """Deforms the codewords `(S, n, d)` of some steps by the conditions `(S, n, c)`; returns `(S, n, d)`."""
-        hidden = codewords @ self.codeword_proj[steps].mT + condition @ self.condition_proj[steps].mT
-        hidden = hidden + self.bias[steps, None]
-        weights = self.gate(hidden, steps).mT[..., None]  # (S, N, n, 1)
-        hidden = hidden[:, None]  # (S, 1, n, d), from the first layer on (S, N, n, d)
-        for up, down in zip(self.up_proj[steps].unbind(1), self.down_proj[steps].unbind(1), strict=True):
-            inner = F.dropout(F.relu(hidden @ up.mT), self.dropout, self.training)  # (S, N, n, H)
-            hidden = hidden + inner @ down.mT
-        mixture = self.output_scale[steps, None] * (weights * hidden).sum(dim=1)
-        return codewords + mixture if self.residual else mixture
 
 
 class RQMoEPreTrainedModel(PreTrainedModel):
@@ -234,6 +192,7 @@ class RQMoEModel(RQMoEPreTrainedModel):
         beam_size: int | None = None,
         exact: bool = False,
         num_codebooks: int | None = None,
+        local_search: int | None = None,
     ) -> RQMoEEncoderOutput:
         """Finds the codes of embeddings.
 
@@ -243,6 +202,7 @@ class RQMoEModel(RQMoEPreTrainedModel):
             beam_size: Partial codes kept per vector; default from the config.
             exact: Evaluate all codewords (`num_candidates` = `codebook_size`).
             num_codebooks: Stop after this many steps.
+            local_search: Rounds of local search that improve the codes of the beam; default from the config.
 
         Returns:
             The codes, int64 `(n, num_codebooks)`, and their reconstruction, float32 `(n, hidden_size)`. In float32 a
@@ -255,7 +215,7 @@ class RQMoEModel(RQMoEPreTrainedModel):
         self._check_embeddings(embeddings)
         settings = self._search_settings(num_candidates, beam_size, exact, num_codebooks)
         target = self._standardize(embeddings)
-        codes, reconstruction = encode_vectors(target, self._tables_for, self._compute_dtype(), **settings)
+        codes, reconstruction = self._find_codes(target, settings, self._local_search(local_search))
         return RQMoEEncoderOutput(codes=codes, reconstruction=self._unstandardize(reconstruction))
 
     @can_return_tuple
@@ -285,7 +245,7 @@ class RQMoEModel(RQMoEPreTrainedModel):
         # Fused optimizers change weights without raising their version, so a new pass needs new tables.
         self._tables.clear()
         # Ties may fall either way in training: no need to settle them in double precision.
-        codes, _ = encode_vectors(target, self._tables_for, self._compute_dtype(), settle_ties=False, **settings)
+        codes, _ = self._find_codes(target, settings, self.config.local_search, settle_ties=False)
         partial_sums = self.contributions(codes).float().cumsum(dim=1)  # (n, M, d)
         errors = (target[:, None] - partial_sums).square().sum(dim=-1)  # (n, M)
         return RQMoEOutput(
@@ -347,6 +307,7 @@ class RQMoEModel(RQMoEPreTrainedModel):
         exact: bool = False,
         batch_size: int = 16384,
         show_progress_bar: bool | None = None,
+        local_search: int | None = None,
     ) -> np.ndarray:
         """Compresses embeddings to packed codes.
 
@@ -358,6 +319,7 @@ class RQMoEModel(RQMoEPreTrainedModel):
             exact: See [`encode`].
             batch_size: Vectors per call of [`encode`]. It has no influence on the codes.
             show_progress_bar: `None` shows it for 100,000 vectors and more.
+            local_search: See [`encode`].
 
         Returns:
             uint8 `(n, bytes_per_vector)`: the codes as little-endian bit strings, Faiss's layout.
@@ -369,7 +331,8 @@ class RQMoEModel(RQMoEPreTrainedModel):
         packed = np.empty((len(embeddings), size), dtype=np.uint8)
         for start, stop in _batches(len(embeddings), batch_size, "compress", show_progress_bar):
             batch = torch.from_numpy(np.array(embeddings[start:stop], dtype=np.float32))  # a copy: may be read-only
-            codes = self.encode(batch.to(self.codebooks.device), num_candidates, beam_size, exact, steps).codes
+            batch = batch.to(self.codebooks.device)
+            codes = self.encode(batch, num_candidates, beam_size, exact, steps, local_search).codes
             packed[start:stop] = pack_codes(codes.cpu().numpy(), self.config.codebook_size)
         return packed
 
@@ -442,6 +405,21 @@ class RQMoEModel(RQMoEPreTrainedModel):
         if len(fitting) > 1 and fitting[-1] != steps:
             raise ValueError(f"{size} bytes may hold {fitting[0]} to {fitting[-1]} codes: give num_codebooks.")
         return fitting[-1]
+
+    def _find_codes(
+        self, target: torch.Tensor, settings: dict[str, Any], local_search: int, settle_ties: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and standardised reconstructions of standardised vectors: beam search, then local search."""
+        dtype = self._compute_dtype()
+        found = encode_vectors(target, self._tables_for, dtype, settle_ties=settle_ties, **settings)
+        if not local_search:
+            return found
+        return refine_codes(target, found[0], self._tables_for(dtype), local_search, batch_invariant=settle_ties)
+
+    def _local_search(self, rounds: int | None) -> int:
+        if rounds is not None and rounds < 0:
+            raise ValueError(f"local_search must be 0 (none) or a number of rounds, got {rounds}.")
+        return self.config.local_search if rounds is None else rounds
 
     def _search_settings(
         self, num_candidates: int | None, beam_size: int | None, exact: bool, num_codebooks: int | None

@@ -37,7 +37,7 @@ def test_rq_start_is_faiss_rq(clustered, config):
 
 
 def test_lsq_start_has_the_codes_of_lsq(clustered):
-    """Exhaustive search over the codebooks can only be better than Faiss's local search over its own."""
+    """The model that starts from LSQ is at least as good as Faiss's LSQ, whatever the codes are searched with."""
     vectors = clustered[:300]
     model = initialize(RQMoEModel(RQMoEConfig(**COMMON)), clustered, "lsq", seed=1).eval()
     exhaustive = model.decompress(model.compress(vectors, exact=True, beam_size=32**2))
@@ -67,8 +67,6 @@ def test_sizes_that_faiss_rq_lacks(clustered):
     model = initialize(RQMoEModel(config), clustered).eval()
     mse = np.square(clustered - model.decompress(model.compress(clustered))).sum(1).mean()
     assert mse < 0.5 * np.square(clustered - clustered.mean(0)).sum(1).mean()
-    with pytest.raises(ValueError, match="power of two"):
-        initialize(RQMoEModel(config), clustered, "lsq")
 
 
 def test_bad_samples_are_refused(clustered):

@@ -57,6 +57,9 @@ def train(
     evaluation_size: Annotated[int, typer.Option(help="Held-out embeddings to use.")] = 5_000,
     start_from: Annotated[str | None, typer.Option("--from", help="Fine-tune this quantizer.")] = None,
     member: Annotated[Member, typer.Option(help="Kind of quantizer.")] = Member.rqmoe,
+    additive: Annotated[
+        bool, typer.Option("--additive", help="LSQ: codebooks without experts. Quick, and best if vectors are few.")
+    ] = False,
     num_codebooks: Annotated[int, typer.Option(help="Codes per vector.")] = 8,
     codebook_size: Annotated[int, typer.Option(help="Codewords per codebook; 256 makes a byte per code.")] = 256,
     num_experts: Annotated[int, typer.Option(help="Experts per step.")] = 2,
@@ -67,7 +70,8 @@ def train(
     dropout: Annotated[float, typer.Option(help="Dropout in the experts.")] = 0.0,
     num_candidates: Annotated[int, typer.Option(help="Candidates of the encoder, also in training.")] = 8,
     beam_size: Annotated[int, typer.Option(help="Beam of the encoder, also in training.")] = 4,
-    init: Annotated[Start, typer.Option(help="rq, or lsq (better start, small codebooks only).")] = Start.rq,
+    local_search: Annotated[int, typer.Option(help="Rounds of local search of the encoder.")] = 0,
+    init: Annotated[Start, typer.Option(help="rq, or lsq (better and slower; not for huge codebooks).")] = Start.rq,
     init_sample_size: Annotated[int, typer.Option(help="Vectors that the start is computed from.")] = 65_536,
     init_beam_size: Annotated[int, typer.Option(help="Beam of the rq start.")] = 5,
     epochs: Annotated[float, typer.Option(help="Passes over the embeddings.")] = 5.0,
@@ -91,6 +95,7 @@ def train(
     from ..data.sources import split_dataset
     from ..hub import write_card
     from ..training import RQMoETrainingArguments, train_quantizer
+    from ..training.run import LOCAL_SEARCH
 
     if (embeddings is None) == (texts is None) or (texts is not None and encoder is None):
         raise ValueError("Give either --embeddings, or --texts and --encoder.")
@@ -105,6 +110,8 @@ def train(
     else:
         held_out = load_embeddings(evaluation, column, split)
         held_out = held_out.select(range(min(evaluation_size, len(held_out))))
+    if additive:
+        member, init, local_search = Member.additive, Start.lsq, local_search or LOCAL_SEARCH
     if start_from is not None:
         model = load_quantizer(start_from)
     else:
@@ -121,6 +128,7 @@ def train(
             dropout=dropout,
             num_candidates=num_candidates,
             beam_size=beam_size,
+            local_search=local_search,
             base_model=encoder,
         )
     interval = 1.0 / (evaluations_per_epoch * max(1.0, epochs))

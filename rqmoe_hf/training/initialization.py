@@ -1,15 +1,17 @@
-"""Gives a new model its statistics and codebooks: Faiss quantizers trained on a sample."""
+"""Gives a new model its statistics and codebooks: those of an additive quantizer trained on a sample."""
 
+from pathlib import Path
 from typing import Literal
 
 import faiss
 import numpy as np
 import torch
 
+from ..additive import MAX_COLUMNS
 from ..modeling_rqmoe import RQMoEModel
+from .lsq import train_lsq
 
 MIN_VECTORS_PER_CODEWORD = 4
-MAX_LSQ_TABLE = 1 << 28  # entries of LSQ's (num_codebooks * codebook_size)^2 tables: 1 GiB
 
 
 def initialize(
@@ -19,22 +21,24 @@ def initialize(
     sample_size: int = 65_536,
     beam_size: int = 5,
     seed: int = 0,
+    checkpoint: Path | None = None,
 ) -> RQMoEModel:
     """Initialises a model from data, in place.
 
     Mean and scale (one number: the root of the mean variance per dimension) are measured on all embeddings. The
-    codebooks are those of a Faiss quantizer trained on a sample; the experts start at zero, so the model begins as
-    exactly this quantizer. The instructions start as the codewords themselves (projected if `instruction_size` is
-    smaller), so that the first instruction streams are the additive reconstructions.
+    codebooks are those of an additive quantizer; the experts start at zero, so the model begins as exactly this one.
+    The instructions start as the codewords themselves (projected if `instruction_size` is smaller), so that the first
+    instruction streams are the additive reconstructions.
 
     Args:
         model: A new model; its weights are overwritten.
         embeddings: Floating point `(n, hidden_size)`.
-        method: `"rq"`: residual quantizer, any size. `"lsq"`: jointly optimised codebooks, better and slower; only
-            for small codebooks (its tables grow with the square of their number).
-        sample_size: Vectors that Faiss trains on.
+        method: `"rq"`: Faiss's residual quantizer, any size. `"lsq"`: codebooks optimised together ([`train_lsq`]),
+            better and slower; its tables grow with the square of num_codebooks * codebook_size.
+        sample_size: Vectors that the residual quantizer trains on; LSQ takes them for its annealing, then all.
         beam_size: Beam of the residual quantizer in its training.
-        seed: For the sample and for Faiss.
+        seed: For the sample and the training.
+        checkpoint: File that LSQ keeps its state in while it runs, and continues from.
 
     Returns:
         The model.
@@ -55,11 +59,16 @@ def initialize(
     variance = embeddings.var(axis=0, dtype=np.float64).mean()
     if not np.isfinite(variance) or variance <= 0:
         raise ValueError(f"The embeddings' variance is {variance}: they are constant, or hold NaN or infinity.")
-    rows = np.random.default_rng(seed).permutation(len(embeddings))[:sample_size]
-    sample = ((embeddings[np.sort(rows)] - mean) / np.sqrt(variance)).astype(np.float32)
-    codebooks = (
-        _lsq_codebooks(sample, model, seed) if method == "lsq" else _rq_codebooks(sample, model, beam_size, seed)
-    )
+    if method == "lsq":
+        _check_lsq(config.num_codebooks, config.codebook_size)
+        standardised = ((embeddings - mean.astype(np.float32)) / np.float32(np.sqrt(variance))).astype(np.float32)
+        size = (config.num_codebooks, config.codebook_size)
+        codebooks, codes = train_lsq(standardised, *size, sample_size=sample_size, seed=seed, checkpoint=checkpoint)
+        codebooks = sort_by_energy(codebooks, codes)[0]
+    else:
+        rows = np.random.default_rng(seed).permutation(len(embeddings))[:sample_size]
+        sample = ((embeddings[np.sort(rows)] - mean) / np.sqrt(variance)).astype(np.float32)
+        codebooks = _rq_codebooks(sample, model, beam_size, seed)
     with torch.no_grad():
         model.mean.copy_(torch.from_numpy(mean))
         model.scale.fill_(float(np.sqrt(variance)))
@@ -104,23 +113,12 @@ def _residual_kmeans(sample: np.ndarray, shape: tuple[int, int, int], seed: int)
     return np.stack(codebooks)
 
 
-def _lsq_codebooks(sample: np.ndarray, model: RQMoEModel, seed: int) -> np.ndarray:
-    config = model.config
-    if config.codebook_size != 1 << config.bits_per_code:
-        raise ValueError(f"method='lsq' needs a power of two as codebook_size, got {config.codebook_size}: use 'rq'.")
-    if (config.num_codebooks * config.codebook_size) ** 2 > MAX_LSQ_TABLE:
+def _check_lsq(steps: int, size: int) -> None:
+    if steps * size > MAX_COLUMNS:
         raise ValueError(
-            f"method='lsq' keeps tables of (num_codebooks * codebook_size)^2 = "
-            f"({config.num_codebooks} * {config.codebook_size})^2 numbers, more than {MAX_LSQ_TABLE}: use 'rq'."
+            f"method='lsq' solves for num_codebooks * codebook_size = {steps} * {size} codewords together, more than "
+            f"{MAX_COLUMNS:,}: use 'rq', or smaller codebooks."
         )
-    quantizer = faiss.LocalSearchQuantizer(config.hidden_size, config.num_codebooks, config.bits_per_code)
-    quantizer.random_seed = seed + 1
-    quantizer.train(sample)
-    shape = (config.num_codebooks, config.codebook_size, config.hidden_size)
-    codebooks = faiss.vector_to_array(quantizer.codebooks).reshape(shape)
-    codes = quantizer.compute_codes(sample)
-    codes = faiss.unpack_bitstrings(codes, config.num_codebooks, config.bits_per_code).astype(np.int64)
-    return sort_by_energy(codebooks, codes)[0]
 
 
 def sort_by_energy(codebooks: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,7 @@
 """One training run from configuration to finished checkpoint, resumable; the same for one process and for many."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,13 +13,19 @@ from transformers import TrainingArguments, set_seed
 
 from ..configuration_rqmoe import RQMoEConfig
 from ..data.sources import as_array, sample_array
+from ..evaluation import evaluate
 from ..modeling_rqmoe import RQMoEModel
 from ..record import RECORD_FILE, TRAINING_FILE, measure
 from ..saving import round_weights, save_whole, write_text
 from .initialization import initialize
 from .trainer import MAX_EVALUATION_VECTORS, RQMoETrainer, RQMoETrainingArguments, last_complete_checkpoint
 
+logger = logging.getLogger(__name__)
+
 STATISTICS_ROWS = 200_000  # mean and scale of a larger set are those of a sample
+LSQ_ROWS = 1_000_000  # vectors that LSQ is trained on, at most: all are kept in memory
+LOCAL_SEARCH = 16  # rounds with which codebooks of LSQ are used
+ADDITIVE_FOLDER = "additive"  # beside the checkpoints: what training started from
 
 
 def train_quantizer(
@@ -48,6 +55,10 @@ def train_quantizer(
         half_size: Round the final weights to bfloat16 values and store them in half the bytes.
         description: What the texts are, in words, for the card.
 
+    If the additive quantizer that a new model starts from has a lower error on `eval_dataset` in the end (few vectors,
+    few epochs), it is saved instead, and a warning says so. Additive quantizers started by LSQ are complete as they
+    are: `num_train_epochs` means nothing to them.
+
     Beside the weights stand the training log, what the training was (`training.json`) and its evaluation on
     `eval_dataset` (`evaluation.json`): `push_to_hub` makes the card from them.
 
@@ -60,29 +71,73 @@ def train_quantizer(
     set_seed(args.seed)  # the Trainer seeds too, but the experts' random weights come before it
     quantizer = RQMoEModel(model) if isinstance(model, RQMoEConfig) else model
     if checkpoint is None and not quantizer.is_initialized and args.process_index == 0:
-        sample = sample_array(train_dataset, max(STATISTICS_ROWS, init_sample_size), args.seed)
-        initialize(quantizer, sample, init_method, init_sample_size, init_beam_size, args.seed)
+        rows = max(LSQ_ROWS if init_method == "lsq" else STATISTICS_ROWS, init_sample_size)
+        sample = sample_array(train_dataset, rows, args.seed)
+        settings = (init_method, init_sample_size, init_beam_size, args.seed, Path(args.output_dir) / "lsq.npz")
+        initialize(quantizer, sample, *settings)
+        del sample
+        if quantizer.config.has_experts:
+            save_whole(additive_member(quantizer, init_method), Path(args.output_dir) / ADDITIVE_FOLDER, {}, False)
     if checkpoint is not None:
         quantizer = RQMoEModel.from_pretrained(checkpoint, dtype=torch.float32)
     share_weights(quantizer, args)
     trainer = RQMoETrainer(model=quantizer, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if quantizer.config.has_experts or init_method == "rq" or not isinstance(model, RQMoEConfig):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    else:  # least squares have found what gradients would look for
+        trainer.evaluate()
     quantizer = trainer.accelerator.unwrap_model(trainer.model)
-    if half_size:
-        round_weights(quantizer)
-    quantizer.eval()
     if trainer.is_world_process_zero():
+        vectors = as_array(eval_dataset, np.arange(min(len(eval_dataset), MAX_EVALUATION_VECTORS)))
+        quantizer = _best_member(quantizer.eval(), Path(args.output_dir) / ADDITIVE_FOLDER, vectors)
+        if half_size:
+            round_weights(quantizer)
         notes = _training_notes(trainer, train_dataset, model, init_method, description)
         files = {
             "training_log.json": json.dumps(trainer.state.log_history, indent=1) + "\n",
-            TRAINING_FILE: json.dumps(notes, indent=1) + "\n",
+            TRAINING_FILE: json.dumps(notes | {"member": _member(quantizer.config)}, indent=1) + "\n",
         }
         save_whole(quantizer, output, files, half_size)  # first: nothing that is measured may cost the weights
-        vectors = as_array(eval_dataset, np.arange(min(len(eval_dataset), MAX_EVALUATION_VECTORS)))
         write_text(output / RECORD_FILE, measure(quantizer, vectors).to_json())
     trainer.accelerator.wait_for_everyone()
     quantizer.name_or_path = str(output)  # where push_to_hub finds evaluation and notes
     return quantizer
+
+
+def additive_member(model: RQMoEModel, init_method: str) -> RQMoEModel:
+    """The additive quantizer that a new model starts from: its codebooks, without experts."""
+    config = model.config
+    local_search = max(config.local_search, LOCAL_SEARCH) if init_method == "lsq" else config.local_search
+    names = ("hidden_size", "num_codebooks", "codebook_size", "beam_size", "base_model")
+    kept = {name: getattr(config, name) for name in names}
+    member = RQMoEModel(RQMoEConfig.additive(**kept, local_search=local_search))
+    member.load_state_dict({name: model.state_dict()[name] for name in member.state_dict()})
+    return member.eval()
+
+
+def _best_member(model: RQMoEModel, additive: Path, vectors: np.ndarray) -> RQMoEModel:
+    """The trained model, or the additive quantizer that it started from if that is still the better one."""
+    if not additive.is_dir():
+        return model
+    start = RQMoEModel.from_pretrained(additive).eval().to(model.device)
+    trained, before = (evaluate(member, vectors)[0].mse for member in (model, start))
+    if trained <= before:
+        return model
+    logger.warning(
+        "The additive quantizer that training started from has the lower validation error (%.4g; with experts %.4g), "
+        "so it is what is saved. Experts need more vectors or more epochs: give them, fine-tune a quantizer that was "
+        "trained on many vectors (--from), or train with --additive from the start.",
+        before,
+        trained,
+    )
+    return start
+
+
+def _member(config: RQMoEConfig) -> str:
+    """What kind of quantizer a configuration describes, in a word."""
+    if not config.has_experts:
+        return "additive"
+    return "qinco" if config.conditioning == "reconstruction" else "rqmoe" if config.residual else "official"
 
 
 def _training_notes(
@@ -103,7 +158,7 @@ def _training_notes(
         "batch_size": args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
         "learning_rate": args.learning_rate,
         "loss": trainer.accelerator.unwrap_model(trainer.model).config.training_loss,
-        "start": f"Faiss {init.upper()}" if isinstance(start, RQMoEConfig) else None,
+        "start": {"rq": "Faiss RQ", "lsq": "LSQ"}[init] if isinstance(start, RQMoEConfig) else None,
         "started_from": source and (Path(source).name if Path(source).is_dir() else source),
         "precision": "bfloat16" if args.bf16 else "float32",
         "seconds": next((round(entry["train_runtime"]) for entry in log if "train_runtime" in entry), None),

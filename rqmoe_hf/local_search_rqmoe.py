@@ -1,0 +1,176 @@
+"""Iterated local search over codes: better codes for the same codebooks, whatever order they were found in.
+
+A beam search fixes codes from the first to the last. Here every code is chosen again, given all the others, until
+nothing changes (iterated conditional modes), from several starting points: the best codes so far with some of them
+replaced. This is the encoder of LSQ (Martinez et al., ECCV 2016 and 2018). Sums of codewords make it cheap: the error
+is a sum of one number per code and one per pair of codes, all of which are looked up.
+
+With experts a code's contribution depends on the codes before it. The search then runs on an additive approximation
+that is exact at the present codes (what separates it from the decoder is taken off the target), and what it proposes
+is decoded, and kept where that is closer.
+
+Shapes: n vectors, m codes of each, K codewords, d hidden_size.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from .decoding_rqmoe import decode_codes
+from .encoding_rqmoe import CPU_CHUNK_BYTES, DEVICE_CHUNK_BYTES, Tables
+
+MAX_PAIRS = 1 << 29  # entries of the table of pairs: 2 GiB
+SWEEPS = 2  # times every code is chosen again, per round
+
+
+@dataclass
+class PairTables:
+    """What an additive quantizer's errors are looked up in."""
+
+    codewords: torch.Tensor  # (M * K, d) float32
+    norms: torch.Tensor  # (M * K,), squared
+    products: list[torch.Tensor]  # per step, (M * K, K): 2 * codewords @ codewords of this step
+
+    @property
+    def codebook_size(self) -> int:
+        """K."""
+        return self.products[0].shape[1]
+
+
+def refine_codes(
+    target: torch.Tensor, codes: torch.Tensor, tables: Tables, rounds: int, batch_invariant: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Local search with the tables of a model, in chunks of bounded memory; see [`local_search`]."""
+    steps = codes.shape[1]
+    if steps not in tables.pairs:
+        tables.pairs[steps] = build_pair_tables(additive_codebooks(tables, steps))
+    decode = None if tables.features is None else lambda trial: decode_codes(trial, tables)
+    budget = CPU_CHUNK_BYTES if target.device.type == "cpu" else DEVICE_CHUNK_BYTES
+    rows = max(1, budget // (8 * steps * tables.first.shape[0] + 16 * target.shape[1]))
+    refined, restored = torch.empty_like(codes), torch.empty_like(target)
+    with torch.autocast(target.device.type, enabled=False):
+        for start in range(0, len(target), rows):
+            part = slice(start, start + rows)
+            found = local_search(target[part], codes[part], tables.pairs[steps], rounds, decode, batch_invariant)
+            refined[part], restored[part] = found
+    return refined, restored
+
+
+def additive_codebooks(tables: Tables, steps: int) -> torch.Tensor:
+    """Codewords whose sums approximate the decoder on codes of `steps` steps: `(steps, K, d)` float32.
+
+    With experts: the codeword deformed by the mean condition of its step, and what its instruction adds to all later
+    steps without passing an activation.
+    """
+    if tables.features is None:
+        return torch.cat([tables.first[None], tables.base[: steps - 1]]).float()
+    codebooks = torch.cat([tables.first[None], tables.proxy[: steps - 1].mT / -2]).float()
+    if tables.instructions is not None and tables.condition_proj is not None:
+        offsets = tables.condition_proj[: steps - 1, :, : codebooks.shape[-1]].float()
+        later = offsets.flip(0).cumsum(dim=0).flip(0)
+        codebooks[: steps - 1] += tables.instructions[: steps - 1].float() @ later
+    return codebooks
+
+
+def build_pair_tables(codebooks: torch.Tensor) -> PairTables:
+    """Computes the tables of codebooks `(M, K, d)`.
+
+    Raises:
+        ValueError: If they would take more than 2 GiB.
+    """
+    steps, size = codebooks.shape[:2]
+    if (steps * size) ** 2 > MAX_PAIRS:
+        raise ValueError(
+            f"Local search keeps a table of (num_codebooks * codebook_size)^2 = ({steps} * {size})^2 numbers, more "
+            f"than {MAX_PAIRS:,}: set local_search=0, or use smaller codebooks."
+        )
+    codewords = codebooks.flatten(0, 1).float()
+    return PairTables(
+        codewords, codewords.square().sum(-1), [2 * codewords @ part.T for part in codewords.split(size)]
+    )
+
+
+def local_search(
+    target: torch.Tensor,
+    codes: torch.Tensor,
+    pairs: PairTables,
+    rounds: int,
+    decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    batch_invariant: bool = True,
+    first_round: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Improves codes.
+
+    Args:
+        target: float32 `(n, d)`, standardised.
+        codes: int64 `(n, m)`, where to start; m may be less than the tables' M.
+        pairs: Tables of the codebooks, or of an additive approximation of the decoder.
+        rounds: Starting points: first the codes themselves, then the best so far with a few of them replaced.
+        decode: Decoder of codes `(n, m)` to `(n, d)`. `None`: the sum of the tables' codewords.
+        batch_invariant: Compute what is not looked up in float64, so that rounding, which depends on the batch, does
+            not choose between codes.
+        first_round: Number of the first round; the number decides what is replaced.
+
+    Returns:
+        Codes and their reconstructions. No vector ends with a larger error than it began with.
+    """
+    steps, size = codes.shape[1], pairs.codebook_size
+    starts = torch.arange(steps, device=codes.device) * size
+    best = codes + starts  # rows of pairs.codewords
+    restored = _sums(best, pairs) if decode is None else decode(codes)
+    error = (target - restored).square().sum(-1)
+    if steps == 1 or not rounds:
+        return codes, restored
+    scores = _scores(target, steps, pairs, batch_invariant)
+    for number in range(rounds):
+        if decode is not None:
+            scores = _scores(target - restored + _sums(best, pairs), steps, pairs, batch_invariant)
+        trial, order = _replace_some(best, size, number, first_round)
+        for _ in range(SWEEPS):
+            _choose_again(trial, scores, order, pairs)
+        trial_restored = _sums(trial, pairs) if decode is None else decode(trial - starts)
+        trial_error = (target - trial_restored).square().sum(-1)
+        better = (trial_error < error)[:, None]
+        best, restored = torch.where(better, trial, best), torch.where(better, trial_restored, restored)
+        error = torch.minimum(error, trial_error)
+    return best - starts, restored
+
+
+def _sums(rows: torch.Tensor, pairs: PairTables) -> torch.Tensor:
+    return F.embedding_bag(rows, pairs.codewords, mode="sum")
+
+
+def _scores(target: torch.Tensor, steps: int, pairs: PairTables, exact: bool) -> torch.Tensor:
+    """What each codeword adds to the squared error by itself, `(n, m * K)`: |c|^2 - 2 x.c."""
+    count = steps * pairs.codebook_size
+    kind = torch.float64 if exact else torch.float32
+    products = target.to(kind) @ pairs.codewords[:count].to(kind).T
+    return pairs.norms[:count] - 2 * products.float()
+
+
+def _replace_some(rows: torch.Tensor, size: int, number: int, first_round: int) -> tuple[torch.Tensor, list[int]]:
+    """A starting point, and the order in which to choose again: what was replaced comes last.
+
+    The replacement depends on the round and on the codes alone, so a vector gets the same codes in any batch.
+    """
+    steps = rows.shape[1]
+    generator = torch.Generator().manual_seed(first_round * 1000 + number)
+    order = torch.randperm(steps, generator=generator).tolist()
+    rows = rows.clone()
+    if number:
+        for step in order[-min(steps - 1, 1 + number % 3) :]:
+            shift = int(torch.randint(1, size, (), generator=generator))
+            rows[:, step] = (rows[:, step] - step * size + shift) % size + step * size
+    return rows, order
+
+
+def _choose_again(rows: torch.Tensor, scores: torch.Tensor, order: list[int], pairs: PairTables) -> None:
+    """Sets each code, in turn, to the best one given the others. In place."""
+    size = pairs.codebook_size
+    for step in order:
+        others = torch.cat([rows[:, :step], rows[:, step + 1 :]], dim=1)
+        energy = F.embedding_bag(others, pairs.products[step], mode="sum")
+        energy += scores[:, step * size : (step + 1) * size]
+        rows[:, step] = energy.argmin(dim=1) + step * size

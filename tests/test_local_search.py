@@ -1,0 +1,130 @@
+"""Local search: against all codes there are, a naive loop, and Faiss's LSQ."""
+
+import itertools
+
+import faiss
+import numpy as np
+import pytest
+import torch
+from conftest import CODEWORDS, MEMBERS, STEPS, randomize
+
+from rqmoe_hf import RQMoEConfig, RQMoEModel
+from rqmoe_hf.local_search_rqmoe import build_pair_tables
+from rqmoe_hf.training.lsq import train_lsq
+
+
+def errors(model: RQMoEModel, vectors: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    return (vectors - model.decode(codes).reconstruction).square().sum(-1)
+
+
+def test_finds_the_best_of_all_codes():
+    model = randomize(RQMoEModel(RQMoEConfig.additive(hidden_size=6, num_codebooks=4, codebook_size=5)))
+    vectors = torch.randn(200, 6, generator=torch.Generator().manual_seed(2))
+    every = torch.tensor(list(itertools.product(range(5), repeat=4)))
+    best = torch.cdist(vectors.double(), model.decode(every).reconstruction.double()).square().amin(1)
+    found = errors(model, vectors, model.encode(vectors, beam_size=1, local_search=40).codes)
+    greedy = errors(model, vectors, model.encode(vectors, beam_size=1).codes)
+    assert (found < best + 1e-4).float().mean() > 0.97
+    assert (greedy < best + 1e-4).float().mean() < 0.7
+
+
+def test_no_single_code_of_an_additive_quantizer_can_be_improved(vectors):
+    model = randomize(RQMoEModel(MEMBERS["additive"]))
+    codes = model.encode(vectors, local_search=30).codes
+    reached = errors(model, vectors, codes)
+    improved = torch.zeros(len(vectors), dtype=torch.bool)
+    for step in range(STEPS):
+        for codeword in range(CODEWORDS):
+            changed = codes.clone()
+            changed[:, step] = codeword
+            improved |= errors(model, vectors, changed) < reached - 1e-4
+    assert improved.float().mean() < 0.02
+
+
+def test_every_member_gains_and_no_vector_loses(model, vectors):
+    before = model.encode(vectors)
+    after = model.encode(vectors, local_search=12)
+    lost = errors(model, vectors, after.codes) - errors(model, vectors, before.codes)
+    assert lost.max() < 1e-4
+    # With QINCo a code changes all later codewords: few proposals survive.
+    least = 1e-4 if model.config.conditioning == "reconstruction" else 0.005
+    assert lost.mean() < -least * errors(model, vectors, before.codes).mean()
+    torch.testing.assert_close(after.reconstruction, model.decode(after.codes).reconstruction, atol=1e-4, rtol=1e-4)
+
+
+def test_prefixes_are_searched_as_such(model, vectors):
+    found = model.encode(vectors, num_codebooks=2, local_search=6)
+    assert found.codes.shape == (300, 2)
+    beam = model.encode(vectors, num_codebooks=2)
+    assert errors(model, vectors, found.codes).mean() <= errors(model, vectors, beam.codes).mean()
+
+
+def test_codes_do_not_depend_on_the_batch(model, vectors):
+    together = model.encode(vectors, local_search=8).codes
+    apart = torch.cat([model.encode(part, local_search=8).codes for part in vectors.split(7)])
+    assert torch.equal(apart, together)
+
+
+def test_packed_codes_and_configuration(vectors):
+    model = randomize(RQMoEModel(MEMBERS["additive"]))
+    asked = model.compress(vectors.numpy(), local_search=5)
+    model.config.local_search = 5
+    assert np.array_equal(model.compress(vectors.numpy()), asked)
+    with pytest.raises(ValueError, match="local_search"):
+        model.encode(vectors, local_search=-1)
+    with pytest.raises(ValueError, match="local_search=0"):
+        build_pair_tables(torch.zeros(8, 4096, 1))
+
+
+@pytest.fixture(scope="module")
+def centred(clustered) -> np.ndarray:
+    return clustered - clustered.mean(axis=0)
+
+
+@pytest.fixture(scope="module")
+def faiss_lsq(centred):
+    quantizer = faiss.LocalSearchQuantizer(16, 4, 5)
+    quantizer.train(centred[:5000])
+    return quantizer
+
+
+def encoded_error(codebooks: np.ndarray, vectors: np.ndarray) -> float:
+    model = RQMoEModel(RQMoEConfig.additive(hidden_size=16, num_codebooks=4, codebook_size=32)).eval()
+    with torch.no_grad():
+        model.codebooks.copy_(torch.from_numpy(codebooks))
+        model.scale.fill_(1.0)
+    return float(np.square(vectors - model.decompress(model.compress(vectors, local_search=16))).sum(1).mean())
+
+
+def test_codes_and_codebooks_are_no_worse_than_those_of_faiss(faiss_lsq, centred):
+    vectors = np.ascontiguousarray(centred[5000:])
+    theirs = np.square(vectors - faiss_lsq.decode(faiss_lsq.compute_codes(vectors))).sum(1).mean()
+    their_codebooks = faiss.vector_to_array(faiss_lsq.codebooks).reshape(4, 32, 16).copy()
+    assert encoded_error(their_codebooks, vectors) <= 1.005 * theirs
+    codebooks, codes = train_lsq(centred[:5000], 4, 32, search_rounds=8, show_progress_bar=False)  # as many as Faiss
+    assert encoded_error(codebooks, vectors) <= theirs
+    restored = codebooks[np.arange(4), codes].sum(axis=1)
+    theirs = np.square(centred[:5000] - faiss_lsq.decode(faiss_lsq.compute_codes(centred[:5000]))).sum(1).mean()
+    assert np.square(centred[:5000] - restored).sum(1).mean() <= theirs
+
+
+def test_training_continues_where_it_was_stopped(clustered, tmp_path, monkeypatch):
+    settings = {"rounds": 4, "final_rounds": 2, "sample_size": 2048, "show_progress_bar": False}
+    whole = train_lsq(clustered, 3, 16, **settings)[0]
+    from rqmoe_hf.training import lsq
+
+    improve, calls = lsq._improve, itertools.count()
+
+    def stop(*args):
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return improve(*args)
+
+    monkeypatch.setattr(lsq, "_improve", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_lsq(clustered, 3, 16, **settings, checkpoint=tmp_path / "lsq.npz")
+    monkeypatch.undo()
+    assert [file.name for file in tmp_path.iterdir()] == ["lsq.npz"]
+    resumed = train_lsq(clustered, 3, 16, **settings, checkpoint=tmp_path / "lsq.npz")[0]
+    np.testing.assert_array_equal(resumed, whole)
+    assert not list(tmp_path.iterdir())
