@@ -4,9 +4,14 @@ A code's neural contribution depends on the codes before it. Its mean over many 
 can be scored by look-up tables, which is what Faiss's scanners do. They choose the few codes worth decoding.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import numpy as np
 import torch
+from torch.nn import functional as F
 
+from .codes import bits_per_code, sizes_of
 from .modeling_rqmoe import RQMoEModel
 
 SAMPLE = 4_096
@@ -42,17 +47,27 @@ def mean_contributions(model: RQMoEModel, codes: np.ndarray, seed: int = 0) -> n
     return (tables * model.scale.float()).cpu().numpy()
 
 
-def faiss_scanner(tables: np.ndarray, packed: np.ndarray):
+def faiss_widths(bits: Sequence[int]) -> Any:
+    """The bits of each code, as Faiss's residual quantizers take them."""
+    import faiss
+
+    widths = faiss.UInt64Vector()
+    faiss.copy_array_to_vector(np.array(bits, np.uint64), widths)
+    return widths
+
+
+def faiss_scanner(tables: np.ndarray, packed: np.ndarray, codebook_size: int | Sequence[int]):
     """A Faiss index over packed codes that scores queries by inner product with the sums of `tables`."""
     import faiss
 
     steps, codewords, size = tables.shape
-    bits = (codewords - 1).bit_length()
-    padded = np.zeros((steps, 1 << bits, size), np.float32)  # codes never reach the padding
+    bits = [bits_per_code(codebook) for codebook in sizes_of(steps, codebook_size)]
+    padded = np.zeros((steps, 1 << max(bits), size), np.float32)  # codes never reach the padding
     padded[:, :codewords] = tables
-    index = faiss.IndexResidualQuantizer(size, steps, bits, faiss.METRIC_INNER_PRODUCT)
+    index = faiss.IndexResidualQuantizer(size, faiss_widths(bits), faiss.METRIC_INNER_PRODUCT)
     index.rq.search_type = faiss.AdditiveQuantizer.ST_LUT_nonorm
-    faiss.copy_array_to_vector(padded.reshape(-1), index.rq.codebooks)
+    rows = np.concatenate([table[: 1 << width] for table, width in zip(padded, bits, strict=True)])
+    faiss.copy_array_to_vector(rows.reshape(-1), index.rq.codebooks)
     index.rq.is_trained = index.is_trained = True
     index.add_sa_codes(np.ascontiguousarray(packed))
     return index
@@ -78,40 +93,104 @@ def least_squares_tables(
     Raises:
         ValueError: If the equations would not fit into memory.
     """
-    steps, columns = codes.shape[1], codes.shape[1] * codebook_size
-    if columns > MAX_COLUMNS:
-        raise ValueError(f"{steps} tables of {codebook_size} make {columns} equations, more than {MAX_COLUMNS}.")
+    steps = codes.shape[1]
     mean = vectors.mean(axis=0, dtype=np.float64)
-    gram = _gram_of_codes(codes, codebook_size)
+    tables = solve_codewords(codes, vectors - mean.astype(np.float32), [codebook_size] * steps, ridge)
+    return (tables.reshape(steps, codebook_size, -1) + mean / steps).astype(np.float32)
+
+
+def solve_codewords(codes: np.ndarray, vectors: np.ndarray, sizes: Sequence[int], ridge: float) -> np.ndarray:
+    """Least squares for the codewords of all steps, one step after the other: float32 `(sum of sizes, d)`.
+
+    Args:
+        codes: Integers `(n, m)`.
+        vectors: float32 `(n, d)`, centred.
+        sizes: Codebook size of each step.
+        ridge: Weight of the squared entries, in units of vectors.
+
+    Raises:
+        ValueError: If the equations would not fit into memory.
+    """
+    total = sum(sizes)
+    if total > MAX_COLUMNS:
+        raise ValueError(f"Codebooks of {list(sizes)} make {total} equations, more than {MAX_COLUMNS}.")
+    rows = codes.astype(np.int64) + _starts(sizes)
+    gram = torch.zeros(total, total, dtype=torch.float64)
+    for step, size in enumerate(sizes):
+        for other in range(step + 1):
+            block = _counts_of_pairs(codes[:, step], codes[:, other], size, sizes[other])
+            here, there = (slice(start, start + width) for start, width in
+                           ((_starts(sizes)[step], size), (_starts(sizes)[other], sizes[other])))  # fmt: skip
+            gram[here, there], gram[there, here] = block, block.T
     gram.diagonal().add_(ridge)
     factor = torch.linalg.cholesky(gram)
     del gram  # half of the memory
-    solution = torch.cholesky_solve(_sums_by_code(codes, vectors - mean.astype(np.float32), codebook_size), factor)
-    return (solution.reshape(steps, codebook_size, -1) + torch.from_numpy(mean / steps)).float().numpy()
-
-
-def _gram_of_codes(codes: np.ndarray, codebook_size: int) -> torch.Tensor:
-    """How often two codewords occur together: B^T B of the one-hot design B, float64 `(m * K, m * K)`."""
-    steps = codes.shape[1]
-    gram = torch.zeros(steps * codebook_size, steps * codebook_size, dtype=torch.float64)
-    for row in range(steps):
-        for column in range(row + 1):
-            pairs = codes[:, row].astype(np.int64) * codebook_size + codes[:, column]
-            counts = torch.from_numpy(np.bincount(pairs, minlength=codebook_size**2)).double()
-            block = counts.reshape(codebook_size, codebook_size)
-            rows = slice(row * codebook_size, (row + 1) * codebook_size)
-            columns = slice(column * codebook_size, (column + 1) * codebook_size)
-            gram[rows, columns], gram[columns, rows] = block, block.T
-    return gram
-
-
-def _sums_by_code(codes: np.ndarray, vectors: np.ndarray, codebook_size: int) -> torch.Tensor:
-    """Sum of the vectors that hold each codeword: B^T X, float64 `(m * K, d)`."""
-    sums = torch.zeros(codes.shape[1] * codebook_size, vectors.shape[1], dtype=torch.float64)
-    starts = torch.arange(codes.shape[1]) * codebook_size
-    for start in range(0, len(codes), 16 * BATCH):
+    sums = torch.zeros(total, vectors.shape[1], dtype=torch.float64)
+    for start in range(0, len(rows), 16 * BATCH):
         batch = torch.from_numpy(vectors[start : start + 16 * BATCH]).double()
-        rows = torch.from_numpy(codes[start : start + 16 * BATCH].astype(np.int64)) + starts
-        for column in rows.T:
+        for column in torch.from_numpy(rows[start : start + 16 * BATCH]).T:
             sums.index_add_(0, column, batch)
-    return sums
+    return torch.cholesky_solve(sums, factor).float().numpy()
+
+
+def _starts(sizes: Sequence[int]) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
+
+
+def _counts_of_pairs(first: np.ndarray, second: np.ndarray, rows: int, columns: int) -> torch.Tensor:
+    """How often two codewords of two steps occur together, float64 `(rows, columns)`."""
+    pairs = first.astype(np.int64) * columns + second
+    return torch.from_numpy(np.bincount(pairs, minlength=rows * columns).reshape(rows, columns)).double()
+
+
+def improve_codewords(
+    codewords: np.ndarray,
+    codes: np.ndarray,
+    vectors: np.ndarray,
+    sizes: Sequence[int],
+    ridge: float,
+    iterations: int = 12,
+) -> np.ndarray:
+    """Steps towards the codewords of [`solve_codewords`], for codebooks that are too large to solve for.
+
+    Conjugate gradients on the normal equations, preconditioned by how often each codeword occurs. They never form the
+    equations: a step costs two passes over the vectors. From codewords that fitted similar codes a dozen is enough.
+
+    Args:
+        codewords: float32 `(sum of sizes, d)`, where to start.
+        codes: Integers `(n, m)`.
+        vectors: float32 `(n, d)`, centred.
+        sizes: Codebook size of each step.
+        ridge: Weight of the squared entries, in units of vectors.
+        iterations: Steps.
+
+    Returns:
+        float32 `(sum of sizes, d)`.
+    """
+    current = torch.from_numpy(codewords).clone()
+    rows = torch.from_numpy(codes.astype(np.int64) + _starts(sizes))
+    weights = torch.bincount(rows.flatten(), minlength=len(current)).float()[:, None] + ridge
+    target = torch.from_numpy(vectors)
+
+    def spread(values: Callable[[torch.Tensor, slice], torch.Tensor]) -> torch.Tensor:
+        """B^T of a function of the batch's rows."""
+        sums = torch.zeros_like(current)
+        for start in range(0, len(rows), 16 * BATCH):
+            batch = slice(start, start + 16 * BATCH)
+            made = values(rows[batch], batch)
+            for column in rows[batch].T:
+                sums.index_add_(0, column, made)
+        return sums
+
+    residual = spread(lambda row, batch: target[batch] - F.embedding_bag(row, current, mode="sum")) - ridge * current
+    scaled = residual / weights
+    direction, size = scaled.clone(), (residual * scaled).sum(dim=0)
+    for _ in range(iterations):
+        image = spread(lambda row, _: F.embedding_bag(row, direction, mode="sum")) + ridge * direction  # noqa: B023
+        length = size / (direction * image).sum(dim=0).clamp(min=1e-30)
+        current += length * direction
+        residual -= length * image
+        scaled = residual / weights
+        before, size = size, (residual * scaled).sum(dim=0)
+        direction = scaled + (size / before.clamp(min=1e-30)) * direction
+    return current.numpy()

@@ -1,4 +1,11 @@
-"""Packed codes: integer codes to bytes and back, in Faiss's bit order."""
+"""Packed codes: integer codes to bytes and back, in Faiss's bit order.
+
+Where a function takes `codebook_size`, it is one number for all steps, or a sequence with the size of each step's
+codebook (`RQMoEConfig.code_sizes` is either).
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 
@@ -12,12 +19,27 @@ def bits_per_code(codebook_size: int) -> int:
     return (codebook_size - 1).bit_length()
 
 
-def bytes_per_vector(num_codebooks: int, codebook_size: int) -> int:
+def sizes_of(num_codebooks: int, codebook_size: int | Sequence[int]) -> list[int]:
+    """Codebook size of each of the first `num_codebooks` steps."""
+    if isinstance(codebook_size, (int, np.integer)):
+        return [int(codebook_size)] * num_codebooks
+    if num_codebooks > len(codebook_size):
+        raise ValueError(f"There are codebook sizes for {len(codebook_size)} steps, but {num_codebooks} codes.")
+    return list(codebook_size[:num_codebooks])
+
+
+def describe_sizes(num_codebooks: int, codebook_size: int | Sequence[int]) -> str:
+    """In words: "12 x 1,024 codewords", or "6 x 1,024 + 1 x 16 codewords"."""
+    groups = [(size, len(list(steps))) for size, steps in groupby(sizes_of(num_codebooks, codebook_size))]
+    return " + ".join(f"{count} x {size:,}" for size, count in groups) + " codewords"
+
+
+def bytes_per_vector(num_codebooks: int, codebook_size: int | Sequence[int]) -> int:
     """Bytes of one packed vector."""
-    return -(-num_codebooks * bits_per_code(codebook_size) // 8)
+    return -(-sum(bits_per_code(size) for size in sizes_of(num_codebooks, codebook_size)) // 8)
 
 
-def check_codes(codes, num_codebooks: int, codebook_size: int) -> None:
+def check_codes(codes, num_codebooks: int, codebook_size: int | Sequence[int]) -> None:
     """Raises ValueError unless `codes` (tensor or array) is an integer `(n, m)`, 1 <= m <= num_codebooks, in range."""
     if codes.ndim != 2 or not 1 <= codes.shape[1] <= num_codebooks or not codes.shape[0]:
         raise ValueError(
@@ -29,15 +51,18 @@ def check_codes(codes, num_codebooks: int, codebook_size: int) -> None:
         raise ValueError(f"Expected integer codes, got {kind}.")
     # torch has no min and max for its unsigned types.
     wide = codes.astype(np.int64) if isinstance(codes, np.ndarray) else codes.long()
-    low, high = int(wide.min()), int(wide.max())
-    if low < 0 or high >= codebook_size:
-        raise ValueError(
-            f"Codes must lie between 0 and {codebook_size - 1} (codebook_size - 1), got {low} to {high}: "
-            "they belong to another quantizer, or are packed bytes that need rqmoe_hf.unpack_codes."
-        )
+    sizes = sizes_of(codes.shape[1], codebook_size)
+    columns = [wide] if len(set(sizes)) == 1 else [wide[:, step] for step in range(codes.shape[1])]
+    for column, size in zip(columns, sizes, strict=False):
+        low, high = int(column.min()), int(column.max())
+        if low < 0 or high >= size:
+            raise ValueError(
+                f"Codes must lie between 0 and {size - 1} (codebook_size - 1), got {low} to {high}: "
+                "they belong to another quantizer, or are packed bytes that need rqmoe_hf.unpack_codes."
+            )
 
 
-def pack_codes(codes: np.ndarray, codebook_size: int) -> np.ndarray:
+def pack_codes(codes: np.ndarray, codebook_size: int | Sequence[int]) -> np.ndarray:
     """Packs integer codes into bytes.
 
     Args:
@@ -45,28 +70,29 @@ def pack_codes(codes: np.ndarray, codebook_size: int) -> np.ndarray:
         codebook_size: Codewords per codebook, 2 to 65,536.
 
     Returns:
-        uint8 `(n, ceil(m * bits / 8))`. Code j occupies the bits from j * bits on, least significant first: the layout
-        of `faiss.pack_bitstrings` and of Faiss's additive quantizers. With 256 codewords a byte is a code.
+        uint8 `(n, ceil(bits / 8))`. The codes follow each other bit by bit, least significant first: the layout of
+        `faiss.pack_bitstrings` and of Faiss's additive quantizers. With 256 codewords a byte is a code.
 
     Raises:
         ValueError: If the codes are no integers `(n, m)` in range.
     """
     codes = np.asarray(codes)
-    bits = bits_per_code(codebook_size)
     check_codes(codes, codes.shape[-1] if codes.ndim else 1, codebook_size)
-    if bits in (8, 16):
-        return np.ascontiguousarray(codes.astype("<u2" if bits == 16 else "u1")).view(np.uint8)
-    shifts = np.arange(bits, dtype=np.uint16)
-    packed = np.empty((len(codes), bytes_per_vector(codes.shape[1], codebook_size)), dtype=np.uint8)
+    bits = [bits_per_code(size) for size in sizes_of(codes.shape[1], codebook_size)]
+    if set(bits) <= {8} or set(bits) <= {16}:
+        return np.ascontiguousarray(codes.astype("<u2" if bits[0] == 16 else "u1")).view(np.uint8)
+    # For every bit of the packed vector: which code it is of, and which bit of that.
+    owner = np.repeat(np.arange(len(bits)), bits)
+    shifts = np.concatenate([np.arange(width, dtype=np.uint16) for width in bits])
+    packed = np.empty((len(codes), -(-sum(bits) // 8)), dtype=np.uint8)
     rows = max(1, PACKING_BATCH // codes.shape[1])
     for start in range(0, len(codes), rows):
-        batch = codes[start : start + rows].astype(np.uint16)
-        stream = ((batch[:, :, None] >> shifts) & 1).astype(np.uint8).reshape(len(batch), -1)
+        stream = ((codes[start : start + rows].astype(np.uint16)[:, owner] >> shifts) & 1).astype(np.uint8)
         packed[start : start + rows] = np.packbits(stream, axis=1, bitorder="little")
     return packed
 
 
-def unpack_codes(packed: np.ndarray, num_codebooks: int, codebook_size: int) -> np.ndarray:
+def unpack_codes(packed: np.ndarray, num_codebooks: int, codebook_size: int | Sequence[int]) -> np.ndarray:
     """Unpacks bytes into integer codes: the inverse of [`pack_codes`].
 
     Args:
@@ -81,26 +107,33 @@ def unpack_codes(packed: np.ndarray, num_codebooks: int, codebook_size: int) -> 
         ValueError: If the bytes do not fit, or hold a code that the codebooks lack.
     """
     packed = np.asarray(packed)
-    bits, size = bits_per_code(codebook_size), bytes_per_vector(num_codebooks, codebook_size)
+    sizes = sizes_of(num_codebooks, codebook_size)
+    bits, size = [bits_per_code(codewords) for codewords in sizes], bytes_per_vector(num_codebooks, codebook_size)
     if packed.dtype != np.uint8 or packed.ndim != 2 or packed.shape[1] != size:
+        shown = bits[0] if len(set(bits)) == 1 else bits
         raise ValueError(
-            f"{num_codebooks} codes of {bits} bits are packed as uint8 (n, {size}), got {packed.dtype} {packed.shape}."
+            f"{num_codebooks} codes of {shown} bits are packed as uint8 (n, {size}), got {packed.dtype} "
+            f"{packed.shape}."
         )
     codes = np.empty((len(packed), num_codebooks), dtype=np.int64)
-    if bits in (8, 16):
-        codes[:] = np.ascontiguousarray(packed).view("<u2" if bits == 16 else "u1")
+    if set(bits) <= {8} or set(bits) <= {16}:
+        codes[:] = np.ascontiguousarray(packed).view("<u2" if bits[0] == 16 else "u1")
     else:
-        weights = 1 << np.arange(bits, dtype=np.int64)
+        ends = np.cumsum(bits)
         rows = max(1, PACKING_BATCH // num_codebooks)
         for start in range(0, len(packed), rows):
-            stream = np.unpackbits(packed[start : start + rows], axis=1, count=num_codebooks * bits, bitorder="little")
-            codes[start : start + rows] = stream.reshape(-1, num_codebooks, bits) @ weights
-    if len(codes) and codebook_size < 1 << bits:
+            part = packed[start : start + rows]
+            stream = np.unpackbits(part, axis=1, count=int(ends[-1]), bitorder="little")
+            for step, (width, end) in enumerate(zip(bits, ends, strict=True)):
+                codes[start : start + rows, step] = stream[:, end - width : end] @ (1 << np.arange(width))
+    if len(codes) and any(codewords < 1 << width for codewords, width in zip(sizes, bits, strict=True)):
         check_codes(codes, num_codebooks, codebook_size)
     return codes
 
 
-def truncate_codes(packed: np.ndarray, num_codebooks: int, kept: int, codebook_size: int) -> np.ndarray:
+def truncate_codes(
+    packed: np.ndarray, num_codebooks: int, kept: int, codebook_size: int | Sequence[int]
+) -> np.ndarray:
     """Keeps the first codes of packed vectors: a coarser vector in fewer bytes, without encoding again.
 
     Args:
@@ -110,7 +143,7 @@ def truncate_codes(packed: np.ndarray, num_codebooks: int, kept: int, codebook_s
         codebook_size: Codewords per codebook.
 
     Returns:
-        uint8 `(n, ceil(kept * bits / 8))`.
+        uint8 `(n, bytes)`, those of `kept` codes.
     """
     if not 1 <= kept <= num_codebooks:
         raise ValueError(f"kept must lie between 1 and num_codebooks = {num_codebooks}, got {kept}.")

@@ -17,7 +17,8 @@ class RQMoEConfig(PreTrainedConfig):
     Args:
         hidden_size: Dimension of the embeddings (the paper's d).
         num_codebooks: Quantization steps, hence codes per vector (M).
-        codebook_size: Codewords per codebook, 2 to 65,536 (K).
+        codebook_size: Codewords per codebook, 2 to 65,536 (K); of the largest one if they differ.
+        codebook_sizes: Codewords of each codebook, where they differ: six of 1,024 and one of 16 make 64 bits.
         num_experts: Experts per step (N). 0 makes an additive quantizer: plain codebooks, nothing else.
         num_expert_layers: Residual bottleneck layers in each expert (L).
         intermediate_size: Width of the bottleneck (H).
@@ -43,6 +44,7 @@ class RQMoEConfig(PreTrainedConfig):
     hidden_size: int = 384
     num_codebooks: int = 8
     codebook_size: int = 256
+    codebook_sizes: list[int] | None = None
     num_experts: int = 2
     num_expert_layers: int = 1
     intermediate_size: int = 256
@@ -81,6 +83,14 @@ class RQMoEConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not 2 <= self.codebook_size <= 65536:
             raise ValueError(f"codebook_size must lie between 2 and 65536, got {self.codebook_size}.")
+        sizes = self.codebook_sizes
+        if sizes is not None and (
+            len(sizes) != self.num_codebooks or max(sizes) != self.codebook_size or min(sizes) < 2
+        ):
+            raise ValueError(
+                f"codebook_sizes must name {self.num_codebooks} sizes (num_codebooks), from 2 to {self.codebook_size} "
+                f"(codebook_size, the largest of them), got {sizes}."
+            )
         if self.num_experts < 0:
             raise ValueError(f"num_experts must be 0 (an additive quantizer) or more, got {self.num_experts}.")
         if self.gate == "none" and self.num_experts > 1:
@@ -108,11 +118,22 @@ class RQMoEConfig(PreTrainedConfig):
         return self.num_experts > 0 and self.num_codebooks > 1
 
     @property
+    def code_sizes(self) -> int | list[int]:
+        """What the functions for packed codes take as `codebook_size`: one number, or one per step."""
+        return self.codebook_size if self.codebook_sizes is None else self.codebook_sizes
+
+    @property
     def bits_per_code(self) -> int:
-        """Bits that one code takes when packed: log2(codebook_size), rounded up to a whole bit."""
+        """Bits that a code (of the largest codebook) takes when packed: log2(codebook_size), rounded up."""
         return (self.codebook_size - 1).bit_length()
+
+    @property
+    def bits_per_vector(self) -> int:
+        """Bits of all codes of a vector."""
+        sizes = self.codebook_sizes or [self.codebook_size] * self.num_codebooks
+        return sum((size - 1).bit_length() for size in sizes)
 
     @property
     def bytes_per_vector(self) -> int:
         """Bytes that one packed vector takes."""
-        return -(-self.num_codebooks * self.bits_per_code // 8)
+        return -(-self.bits_per_vector // 8)

@@ -22,6 +22,7 @@ TABLE_ROWS = 16384  # codewords evaluated at a time when tables are built
 # A choice between two codes whose squared distances differ by less than this share of the vector's squared norm is
 # made again in float64: rounding in float32 depends on the batch, and must not decide.
 TIE_TOLERANCE = 4e-6
+FAR = 1e4  # entries of what fills up smaller codebooks, in standard deviations: no search chooses that
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Tables:
     output_scale: torch.Tensor | None  # (S, 1, d)
     down: torch.Tensor | None  # (S, F * N * H, d), second matrices of the last F layers, scaled
     decoding: Any = None  # what decoding_rqmoe derives from these tables, on first use
+    sizes: list[int] | None = None  # of the codebooks, where they differ
     pairs: dict[int, Any] = field(default_factory=dict)  # what local_search_rqmoe derives, per number of codes
     num_experts: int = 0
     inner_size: int = 0  # F * N * H
@@ -49,7 +51,11 @@ class Tables:
 
 
 def build_tables(
-    codebooks: torch.Tensor, instructions: torch.Tensor | None, experts: torch.nn.Module | None, dtype: torch.dtype
+    codebooks: torch.Tensor,
+    instructions: torch.Tensor | None,
+    experts: torch.nn.Module | None,
+    dtype: torch.dtype,
+    sizes: list[int] | None = None,
 ) -> Tables:
     """Computes the tables of the current weights.
 
@@ -59,15 +65,22 @@ def build_tables(
         experts: An `RQMoEExperts`, or None for an additive quantizer.
         dtype: Of the experts' arithmetic. float64 raises everything to float64; otherwise codewords and distances are
             float32.
+        sizes: Codewords of each codebook, where they differ from K.
     """
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     with torch.no_grad(), torch.autocast(codebooks.device.type, enabled=False):
-        codebooks = codebooks.to(exact)
+        codebooks = codebooks.to(exact, copy=sizes is not None)
+        for codebook, size in zip(codebooks, sizes or (), strict=False):
+            codebook[size:] = FAR
         if experts is None:
             steps = codebooks[1:]
-            return Tables(codebooks[0], steps, -2 * steps.mT.contiguous(), steps.square().sum(-1), *[None] * 9)
+            proxy = (-2 * steps.mT.contiguous(), steps.square().sum(-1))
+            tables = Tables(codebooks[0], steps, *proxy, *[None] * 9)
+            tables.sizes = sizes
+            return tables
         weights = {name: weight.to(exact) for name, weight in experts.named_parameters(recurse=False)}
         tables = _expert_tables(codebooks, weights, experts.residual, dtype)
+        tables.sizes = sizes
         tables.instructions = None if instructions is None else instructions.to(dtype)
         _fill_proxy(tables, experts.condition_proj.shape[-1])
     return tables

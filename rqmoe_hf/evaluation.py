@@ -1,11 +1,12 @@
 """How good a quantizer is: error, recall and use of the codes."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import faiss
 import numpy as np
 
-from .codes import truncate_codes, unpack_codes
+from .codes import sizes_of, truncate_codes, unpack_codes
 from .modeling_rqmoe import RQMoEModel
 
 MAX_QUERIES = 1_000
@@ -63,14 +64,14 @@ def recalls(truth: np.ndarray, found: np.ndarray) -> tuple[float, float, float]:
     )
 
 
-def code_usage(codes: np.ndarray, codebook_size: int) -> tuple[list[float], list[float]]:
+def code_usage(codes: np.ndarray, codebook_size: int | Sequence[int]) -> tuple[list[float], list[float]]:
     """Entropy in bits, and share of codewords that occur, for each column of `(n, m)` integer codes."""
     entropies, used = [], []
-    for column in codes.T:
-        share = np.bincount(column, minlength=codebook_size) / len(column)
+    for column, size in zip(codes.T, sizes_of(codes.shape[1], codebook_size), strict=True):
+        share = np.bincount(column, minlength=size) / len(column)
         present = share[share > 0]
         entropies.append(float(-(present * np.log2(present)).sum()))
-        used.append(len(present) / codebook_size)
+        used.append(len(present) / size)
     return entropies, used
 
 
@@ -114,7 +115,7 @@ def evaluate(
     packed = model.compress(embeddings, num_candidates=num_candidates, beam_size=beam_size)
     reports = []
     for steps in num_codebooks or [config.num_codebooks]:
-        codes = truncate_codes(packed, config.num_codebooks, steps, config.codebook_size)
+        codes = truncate_codes(packed, config.num_codebooks, steps, config.code_sizes)
         restored = model.decompress(codes, steps)
         norms = np.linalg.norm(embeddings, axis=1) * np.linalg.norm(restored, axis=1)
         reports.append(
@@ -124,7 +125,7 @@ def evaluate(
                 float(np.square(embeddings - restored).sum(axis=1, dtype=np.float64).mean()),
                 float(((embeddings * restored).sum(axis=1) / np.maximum(norms, 1e-12)).mean()),
                 *recalls(truth, nearest_neighbors(queries, restored, 10)),
-                *code_usage(unpack_codes(codes, steps, config.codebook_size), config.codebook_size),
+                *code_usage(unpack_codes(codes, steps, config.code_sizes), config.code_sizes),
             )
         )
     return reports

@@ -9,10 +9,10 @@ With experts a code's contribution depends on the codes before it. The search th
 that is exact at the present codes (what separates it from the decoder is taken off the target), and what it proposes
 is decoded, and kept where that is closer.
 
-Shapes: n vectors, m codes of each, K codewords, d hidden_size.
+Shapes: n vectors, m codes of each, K_m codewords of step m, T their sum over the steps, d hidden_size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,14 +29,16 @@ SWEEPS = 2  # times every code is chosen again, per round
 class PairTables:
     """What an additive quantizer's errors are looked up in."""
 
-    codewords: torch.Tensor  # (M * K, d) float32
-    norms: torch.Tensor  # (M * K,), squared
-    products: list[torch.Tensor]  # per step, (M * K, K): 2 * codewords @ codewords of this step
+    codewords: torch.Tensor  # (T, d) float32, step after step
+    sizes: list[int]  # K_m
+    starts: torch.Tensor  # (M,), where each step's codewords begin
+    norms: torch.Tensor  # (T,), squared
+    products: list[torch.Tensor]  # per step, (T, K_m): 2 * codewords @ codewords of this step
 
-    @property
-    def codebook_size(self) -> int:
-        """K."""
-        return self.products[0].shape[1]
+    def step(self, number: int) -> slice:
+        """Columns of a step."""
+        start = int(self.starts[number])
+        return slice(start, start + self.sizes[number])
 
 
 def refine_codes(
@@ -45,7 +47,9 @@ def refine_codes(
     """Local search with the tables of a model, in chunks of bounded memory; see [`local_search`]."""
     steps = codes.shape[1]
     if steps not in tables.pairs:
-        tables.pairs[steps] = build_pair_tables(additive_codebooks(tables, steps))
+        codebooks = additive_codebooks(tables, steps)
+        sizes = tables.sizes or [codebooks.shape[1]] * steps
+        tables.pairs[steps] = build_pair_tables([part[:size] for part, size in zip(codebooks, sizes, strict=False)])
     decode = None if tables.features is None else lambda trial: decode_codes(trial, tables)
     budget = CPU_CHUNK_BYTES if target.device.type == "cpu" else DEVICE_CHUNK_BYTES
     rows = max(1, budget // (8 * steps * tables.first.shape[0] + 16 * target.shape[1]))
@@ -74,22 +78,22 @@ def additive_codebooks(tables: Tables, steps: int) -> torch.Tensor:
     return codebooks
 
 
-def build_pair_tables(codebooks: torch.Tensor) -> PairTables:
-    """Computes the tables of codebooks `(M, K, d)`.
+def build_pair_tables(codebooks: Sequence[torch.Tensor]) -> PairTables:
+    """Computes the tables of codebooks, `(K_m, d)` each.
 
     Raises:
         ValueError: If they would take more than 2 GiB.
     """
-    steps, size = codebooks.shape[:2]
-    if (steps * size) ** 2 > MAX_PAIRS:
+    sizes = [len(codebook) for codebook in codebooks]
+    if sum(sizes) ** 2 > MAX_PAIRS:
         raise ValueError(
-            f"Local search keeps a table of (num_codebooks * codebook_size)^2 = ({steps} * {size})^2 numbers, more "
-            f"than {MAX_PAIRS:,}: set local_search=0, or use smaller codebooks."
+            f"Local search keeps a table of all pairs of codewords, {sum(sizes):,}^2 numbers, more than "
+            f"{MAX_PAIRS:,}: set local_search=0, or use smaller codebooks."
         )
-    codewords = codebooks.flatten(0, 1).float()
-    return PairTables(
-        codewords, codewords.square().sum(-1), [2 * codewords @ part.T for part in codewords.split(size)]
-    )
+    codewords = torch.cat([codebook.float() for codebook in codebooks])
+    starts = torch.tensor([0, *sizes[:-1]], device=codewords.device).cumsum(0)
+    products = [2 * codewords @ part.T for part in codewords.split(sizes)]
+    return PairTables(codewords, sizes, starts, codewords.square().sum(-1), products)
 
 
 def local_search(
@@ -116,8 +120,8 @@ def local_search(
     Returns:
         Codes and their reconstructions. No vector ends with a larger error than it began with.
     """
-    steps, size = codes.shape[1], pairs.codebook_size
-    starts = torch.arange(steps, device=codes.device) * size
+    steps = codes.shape[1]
+    starts = pairs.starts[:steps]
     best = codes + starts  # rows of pairs.codewords
     restored = _sums(best, pairs) if decode is None else decode(codes)
     error = (target - restored).square().sum(-1)
@@ -127,7 +131,7 @@ def local_search(
     for number in range(rounds):
         if decode is not None:
             scores = _scores(target - restored + _sums(best, pairs), steps, pairs, batch_invariant)
-        trial, order = _replace_some(best, size, number, first_round)
+        trial, order = _replace_some(best, pairs, number, first_round)
         for _ in range(SWEEPS):
             _choose_again(trial, scores, order, pairs)
         trial_restored = _sums(trial, pairs) if decode is None else decode(trial - starts)
@@ -143,14 +147,16 @@ def _sums(rows: torch.Tensor, pairs: PairTables) -> torch.Tensor:
 
 
 def _scores(target: torch.Tensor, steps: int, pairs: PairTables, exact: bool) -> torch.Tensor:
-    """What each codeword adds to the squared error by itself, `(n, m * K)`: |c|^2 - 2 x.c."""
-    count = steps * pairs.codebook_size
+    """What each codeword of `steps` steps adds to the squared error by itself: |c|^2 - 2 x.c."""
+    count = sum(pairs.sizes[:steps])
     kind = torch.float64 if exact else torch.float32
     products = target.to(kind) @ pairs.codewords[:count].to(kind).T
     return pairs.norms[:count] - 2 * products.float()
 
 
-def _replace_some(rows: torch.Tensor, size: int, number: int, first_round: int) -> tuple[torch.Tensor, list[int]]:
+def _replace_some(
+    rows: torch.Tensor, pairs: PairTables, number: int, first_round: int
+) -> tuple[torch.Tensor, list[int]]:
     """A starting point, and the order in which to choose again: what was replaced comes last.
 
     The replacement depends on the round and on the codes alone, so a vector gets the same codes in any batch.
@@ -161,16 +167,16 @@ def _replace_some(rows: torch.Tensor, size: int, number: int, first_round: int) 
     rows = rows.clone()
     if number:
         for step in order[-min(steps - 1, 1 + number % 3) :]:
+            size, start = pairs.sizes[step], pairs.starts[step]
             shift = int(torch.randint(1, size, (), generator=generator))
-            rows[:, step] = (rows[:, step] - step * size + shift) % size + step * size
+            rows[:, step] = (rows[:, step] - start + shift) % size + start
     return rows, order
 
 
 def _choose_again(rows: torch.Tensor, scores: torch.Tensor, order: list[int], pairs: PairTables) -> None:
     """Sets each code, in turn, to the best one given the others. In place."""
-    size = pairs.codebook_size
     for step in order:
         others = torch.cat([rows[:, :step], rows[:, step + 1 :]], dim=1)
         energy = F.embedding_bag(others, pairs.products[step], mode="sum")
-        energy += scores[:, step * size : (step + 1) * size]
-        rows[:, step] = energy.argmin(dim=1) + step * size
+        energy += scores[:, pairs.step(step)]
+        rows[:, step] = energy.argmin(dim=1) + pairs.starts[step]

@@ -227,7 +227,7 @@ class RQMoEModel(RQMoEPreTrainedModel):
             ValueError: If the model is not initialised, or the codes have a wrong shape, type or range.
         """
         self._require_initialized("decode")
-        check_codes(codes, self.config.num_codebooks, self.config.codebook_size)
+        check_codes(codes, self.config.num_codebooks, self.config.code_sizes)
         tables = self._tables_for(self._compute_dtype())
         return RQMoEDecoderOutput(self._unstandardize(decode_codes(codes.to(self.codebooks.device), tables)))
 
@@ -327,13 +327,13 @@ class RQMoEModel(RQMoEPreTrainedModel):
         embeddings = np.asarray(embeddings) if not isinstance(embeddings, np.ndarray) else embeddings
         self._check_embeddings(embeddings)
         steps = self._search_settings(num_candidates, beam_size, exact, num_codebooks)["num_codebooks"]
-        size = bytes_per_vector(steps, self.config.codebook_size)
+        size = bytes_per_vector(steps, self.config.code_sizes)
         packed = np.empty((len(embeddings), size), dtype=np.uint8)
         for start, stop in _batches(len(embeddings), batch_size, "compress", show_progress_bar):
             batch = torch.from_numpy(np.array(embeddings[start:stop], dtype=np.float32))  # a copy: may be read-only
             batch = batch.to(self.codebooks.device)
             codes = self.encode(batch, num_candidates, beam_size, exact, steps, local_search).codes
-            packed[start:stop] = pack_codes(codes.cpu().numpy(), self.config.codebook_size)
+            packed[start:stop] = pack_codes(codes.cpu().numpy(), self.config.code_sizes)
         return packed
 
     def decompress(
@@ -359,7 +359,7 @@ class RQMoEModel(RQMoEPreTrainedModel):
         steps = self._packed_steps(codes, num_codebooks)
         restored = np.empty((len(codes), self.config.hidden_size), dtype=np.float32)
         for start, stop in _batches(len(codes), batch_size, "decompress", show_progress_bar):
-            batch = unpack_codes(codes[start:stop], steps, self.config.codebook_size)
+            batch = unpack_codes(codes[start:stop], steps, self.config.code_sizes)
             restored[start:stop] = self.decode(torch.from_numpy(batch)).reconstruction.cpu().numpy()
         return restored
 
@@ -386,12 +386,13 @@ class RQMoEModel(RQMoEPreTrainedModel):
         """
         key = tuple((weight.data_ptr(), weight._version) for weight in self.parameters())
         if dtype not in self._tables or self._tables[dtype][0] != key:
-            self._tables[dtype] = (key, build_tables(self.codebooks, self.instructions, self.experts, dtype))
+            weights = (self.codebooks, self.instructions, self.experts)
+            self._tables[dtype] = (key, build_tables(*weights, dtype, self.config.codebook_sizes))
         return self._tables[dtype][1]
 
     def _packed_steps(self, codes: np.ndarray, num_codebooks: int | None) -> int:
         """How many codes per vector the packed `codes` hold."""
-        steps, codewords = self.config.num_codebooks, self.config.codebook_size
+        steps, codewords = self.config.num_codebooks, self.config.code_sizes
         size = codes.shape[1] if isinstance(codes, np.ndarray) and codes.ndim == 2 and codes.dtype == np.uint8 else 0
         fitting = [
             m for m in range(1, steps + 1) if bytes_per_vector(m, codewords) == size and num_codebooks in (None, m)

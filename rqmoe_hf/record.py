@@ -112,12 +112,12 @@ def measure(model: RQMoEModel, embeddings: np.ndarray, texts: str | None = None)
     encoded = time.perf_counter()
     restored = model.decompress(packed)
     decoded = time.perf_counter()
-    codes = unpack_codes(packed, config.num_codebooks, config.codebook_size)
+    codes = unpack_codes(packed, config.num_codebooks, config.code_sizes)
     by_size = []
     for size in sorted({*(size for size in DATABASE_SIZES if size < len(database)), len(database)}):
         truth = nearest_neighbors(queries, database[:size], 10)
         found = nearest_neighbors(queries, restored[:size], 10)
-        entropy = float(np.mean(code_usage(codes[:size], config.codebook_size)[0]))
+        entropy = float(np.mean(code_usage(codes[:size], config.code_sizes)[0]))
         by_size.append({"vectors": size, "recall_10_at_10": recalls(truth, found)[2], "code_entropy": entropy})
     return EvaluationRecord(
         weights=weights_checksum(model),

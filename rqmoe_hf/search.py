@@ -118,8 +118,8 @@ def _search_shortlist(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The same over those codes only that Faiss ranks highest by additive tables."""
     rows = np.linspace(0, len(codes) - 1, SAMPLE).astype(int)
-    tables = mean_contributions(quantizer, unpack_codes(codes[rows], steps, quantizer.config.codebook_size))
-    scanner = faiss_scanner(tables, codes)
+    tables = mean_contributions(quantizer, unpack_codes(codes[rows], steps, quantizer.config.code_sizes))
+    scanner = faiss_scanner(tables, codes, quantizer.config.code_sizes)
     scores = np.empty((len(queries), count), np.float32)
     ids = np.empty((len(queries), count), np.int64)
     for first in range(0, len(queries), QUERIES):

@@ -121,7 +121,7 @@ class RQMoEQuantizer(Module):
             num_codebooks=self.num_codebooks if num_codebooks is None else num_codebooks,
         )
         if quantize == "codes":
-            packed = pack_codes(found.codes.cpu().numpy(), self.model.config.codebook_size)
+            packed = pack_codes(found.codes.cpu().numpy(), self.model.config.code_sizes)
             features["sentence_embedding"] = torch.from_numpy(packed).to(embeddings.device)
         else:
             features["sentence_embedding"] = self._finish(found.reconstruction).to(embeddings.device)

@@ -94,6 +94,16 @@ def test_train_from_texts(encoder, tmp_path):
     assert config["hidden_size"] == 384
 
 
+def test_train_additive(clustered, tmp_path):
+    np.save(tmp_path / "vectors.npy", clustered)
+    options = ["--additive", "--num-codebooks", "3", "--codebook-size", "32", "--evaluation-size", "500"]
+    done = rqmoe("train", "--embeddings", str(tmp_path / "vectors.npy"), "-o", str(tmp_path / "out"), *options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["num_experts"], config["local_search"]) == (0, 16)
+    assert "LSQ" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_a_fit_check_on_texts(encoder, tmp_path):
     lines = [" ".join(text.split()[:30]) for text in collect_documentation()[1][:400]]
     (tmp_path / "texts.txt").write_text("\n".join(lines), "utf-8")

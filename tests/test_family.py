@@ -5,7 +5,10 @@ import naive
 import numpy as np
 import pytest
 import torch
+from conftest import randomize
 
+from rqmoe_hf import RQMoEConfig, RQMoEModel
+from rqmoe_hf.additive import faiss_scanner, faiss_widths
 from rqmoe_hf.convert import convert_faiss
 
 
@@ -35,6 +38,46 @@ def test_greedy_rq_gives_faiss_codes(clustered, bits):
     packed = model.compress(clustered)
     assert np.array_equal(packed, index.sa_encode(clustered))
     np.testing.assert_allclose(model.decompress(packed), index.sa_decode(packed), atol=1e-5)
+
+
+def test_codebooks_of_different_sizes_give_faiss_codes(clustered):
+    """Faiss packs codes of 5, 6, 4 and 3 bits; its codebooks, padded to one size, give the same codes here."""
+    index = faiss.IndexResidualQuantizer(16, faiss_widths([5, 6, 4, 3]))
+    index.rq.max_beam_size = 1
+    index.train(clustered)
+    sizes = [32, 64, 16, 8]
+    settings = {"num_codebooks": 4, "codebook_size": 64, "codebook_sizes": sizes}
+    model = RQMoEModel(RQMoEConfig.additive(hidden_size=16, **settings)).eval()
+    rows = torch.from_numpy(faiss.vector_to_array(index.rq.codebooks).reshape(-1, 16).copy())
+    with torch.no_grad():
+        model.scale.fill_(1.0)
+        model.codebooks.zero_()
+        for codebook, own in zip(model.codebooks, rows.split(sizes), strict=True):
+            codebook[: len(own)] = own
+    packed = model.compress(clustered, beam_size=1)
+    assert packed.shape[1] == model.config.bytes_per_vector == 3
+    assert np.array_equal(packed, index.sa_encode(clustered))
+    np.testing.assert_allclose(model.decompress(packed), index.sa_decode(packed), atol=1e-5)
+    scores, ids = faiss_scanner(model.codebooks.detach().numpy(), packed, sizes).search(clustered[:5], 10)
+    expected = clustered[:5] @ index.sa_decode(packed).T
+    np.testing.assert_allclose(scores, np.take_along_axis(expected, ids, axis=1), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["additive", "paper", "official", "qinco"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_small_codebooks_never_give_codes_that_they_lack(kind, exact, vectors):
+    settings = {"hidden_size": 16, "num_codebooks": 4, "codebook_size": 20, "codebook_sizes": [20, 3, 20, 5]}
+    build = {"paper": RQMoEConfig}.get(kind) or getattr(RQMoEConfig, kind)
+    model = randomize(RQMoEModel(build(**settings, intermediate_size=8)))
+    for rounds in (0, 6):
+        codes = model.encode(vectors, exact=exact, local_search=rounds).codes
+        assert (codes.amax(dim=0) < torch.tensor([20, 3, 20, 5])).all()
+    packed = model.compress(vectors.numpy(), exact=exact, local_search=6)
+    assert packed.shape[1] == 2  # 5 + 2 + 5 + 3 bits
+    expected = model.decode(codes).reconstruction
+    np.testing.assert_allclose(model.decompress(packed), expected, atol=1e-5)
+    with pytest.raises(ValueError, match="between 0 and 2"):
+        model.decode(torch.full((1, 4), 3))
 
 
 def test_rq_beam_is_as_good_as_faiss_beam(clustered):

@@ -54,6 +54,7 @@ def test_sorting_by_energy_keeps_sums_and_puts_the_strongest_first():
     codebooks = rng.normal(size=(4, 8, 5)) * np.array([1.0, 5.0, 0.1, 2.0])[:, None, None] + rng.normal(size=(4, 1, 5))
     codes = rng.integers(0, 8, (1000, 4))
     ordered, order = sort_by_energy(codebooks.astype(np.float32), codes)
+    ordered = np.stack(ordered)
     before = codebooks[np.arange(4), codes].sum(axis=1)
     after = ordered[np.arange(4), codes[:, order]].sum(axis=1)
     np.testing.assert_allclose(before, after, atol=1e-5)

@@ -9,6 +9,7 @@ import torch
 from conftest import CODEWORDS, MEMBERS, STEPS, randomize
 
 from rqmoe_hf import RQMoEConfig, RQMoEModel
+from rqmoe_hf.additive import improve_codewords, solve_codewords
 from rqmoe_hf.local_search_rqmoe import build_pair_tables
 from rqmoe_hf.training.lsq import train_lsq
 
@@ -73,7 +74,7 @@ def test_packed_codes_and_configuration(vectors):
     with pytest.raises(ValueError, match="local_search"):
         model.encode(vectors, local_search=-1)
     with pytest.raises(ValueError, match="local_search=0"):
-        build_pair_tables(torch.zeros(8, 4096, 1))
+        build_pair_tables([torch.zeros(4096, 1)] * 8)
 
 
 @pytest.fixture(scope="module")
@@ -101,16 +102,31 @@ def test_codes_and_codebooks_are_no_worse_than_those_of_faiss(faiss_lsq, centred
     theirs = np.square(vectors - faiss_lsq.decode(faiss_lsq.compute_codes(vectors))).sum(1).mean()
     their_codebooks = faiss.vector_to_array(faiss_lsq.codebooks).reshape(4, 32, 16).copy()
     assert encoded_error(their_codebooks, vectors) <= 1.005 * theirs
-    codebooks, codes = train_lsq(centred[:5000], 4, 32, search_rounds=8, show_progress_bar=False)  # as many as Faiss
-    assert encoded_error(codebooks, vectors) <= theirs
-    restored = codebooks[np.arange(4), codes].sum(axis=1)
+    codebooks, codes = train_lsq(
+        centred[:5000], [32] * 4, search_rounds=8, show_progress_bar=False
+    )  # as many as Faiss
+    assert encoded_error(np.stack(codebooks), vectors) <= theirs
+    restored = sum(codebook[column] for codebook, column in zip(codebooks, codes.T, strict=True))
     theirs = np.square(centred[:5000] - faiss_lsq.decode(faiss_lsq.compute_codes(centred[:5000]))).sum(1).mean()
     assert np.square(centred[:5000] - restored).sum(1).mean() <= theirs
 
 
+def test_conjugate_gradients_reach_least_squares(centred):
+    sizes, generator = [30, 7, 12], np.random.default_rng(3)
+    codes = generator.integers(sizes, size=(len(centred), 3))
+    codes[:, 1] = codes[:, 0] % 7  # codes that hang together, as real ones do
+    design = np.concatenate([np.eye(size)[column] for size, column in zip(sizes, codes.T, strict=True)], axis=1)
+    padded = np.concatenate([design, np.sqrt(5) * np.eye(49)])  # the ridge, as further equations
+    targets = np.concatenate([centred, np.zeros((49, 16))])
+    expected = np.linalg.lstsq(padded, targets, rcond=None)[0]
+    np.testing.assert_allclose(solve_codewords(codes, centred, sizes, 5.0), expected, atol=1e-3)
+    start = np.zeros((49, 16), np.float32)
+    np.testing.assert_allclose(improve_codewords(start, codes, centred, sizes, 5.0, 60), expected, atol=1e-3)
+
+
 def test_training_continues_where_it_was_stopped(clustered, tmp_path, monkeypatch):
     settings = {"rounds": 4, "final_rounds": 2, "sample_size": 2048, "show_progress_bar": False}
-    whole = train_lsq(clustered, 3, 16, **settings)[0]
+    whole = train_lsq(clustered, [16, 16, 4], **settings)[0]
     from rqmoe_hf.training import lsq
 
     improve, calls = lsq._improve, itertools.count()
@@ -122,9 +138,10 @@ def test_training_continues_where_it_was_stopped(clustered, tmp_path, monkeypatc
 
     monkeypatch.setattr(lsq, "_improve", stop)
     with pytest.raises(KeyboardInterrupt):
-        train_lsq(clustered, 3, 16, **settings, checkpoint=tmp_path / "lsq.npz")
+        train_lsq(clustered, [16, 16, 4], **settings, checkpoint=tmp_path / "lsq.npz")
     monkeypatch.undo()
     assert [file.name for file in tmp_path.iterdir()] == ["lsq.npz"]
-    resumed = train_lsq(clustered, 3, 16, **settings, checkpoint=tmp_path / "lsq.npz")[0]
-    np.testing.assert_array_equal(resumed, whole)
+    resumed = train_lsq(clustered, [16, 16, 4], **settings, checkpoint=tmp_path / "lsq.npz")[0]
+    for again, codebook in zip(resumed, whole, strict=True):
+        np.testing.assert_array_equal(again, codebook)
     assert not list(tmp_path.iterdir())

@@ -74,7 +74,7 @@ def test_the_tables_are_mean_contributions_and_faiss_adds_them_up(model, vectors
         np.testing.assert_allclose(tables[1, codeword], model.codebooks[1, codeword].detach().numpy() * 0.7, rtol=1e-5)
     sums = sum(tables[step][codes[:, step]] for step in range(codes.shape[1]))
     queries = vectors[:4].numpy()
-    scanner = faiss_scanner(tables, packed)
+    scanner = faiss_scanner(tables, packed, model.config.code_sizes)
     scores, ids = scanner.search(queries, 300)
     np.testing.assert_allclose(scores, np.take_along_axis(queries @ sums.T, ids, 1), rtol=1e-4, atol=1e-4)
 

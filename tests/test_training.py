@@ -1,6 +1,7 @@
 """Training: it learns, it resumes after a kill, it runs on several processes."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -49,6 +50,32 @@ def test_training_lowers_the_error_of_held_out_vectors(clustered, tmp_path, bf16
     )
     best = min(entry["eval_mse"] for entry in measured)
     assert best == pytest.approx(evaluate(saved, held_out)[0].mse, rel=1e-2 if bf16 else 1e-5)
+
+
+def test_the_additive_quantizer_is_kept_where_experts_lose(clustered, tmp_path, caplog):
+    """With a learning rate at which training only does harm, what it started from is saved, and the run says so."""
+    train, held_out = load_embeddings(clustered[1000:]), load_embeddings(clustered[:1000])
+    args = arguments(tmp_path, learning_rate=3.0, num_train_epochs=1, max_grad_norm=0.0)
+    start = initialize(RQMoEModel(RQMoEConfig.additive(**CONFIG)), clustered[1000:], "lsq", seed=args.seed).eval()
+    with caplog.at_level(logging.WARNING):
+        model = train_quantizer(RQMoEConfig(**CONFIG), train, held_out, args, "lsq")
+    assert "additive quantizer that training started from" in caplog.text
+    saved = RQMoEModel.from_pretrained(tmp_path)
+    assert not saved.config.has_experts and not model.config.has_experts
+    assert mse(saved, clustered[:1000]) == pytest.approx(mse(start, clustered[:1000], local_search=16), rel=1e-5)
+    assert json.loads((tmp_path / "training.json").read_text())["member"] == "additive"
+
+
+def test_lsq_needs_no_gradients(clustered, tmp_path):
+    train, held_out = load_embeddings(clustered[1000:]), load_embeddings(clustered[:1000])
+    config = RQMoEConfig.additive(**CONFIG, local_search=16)
+    lsq = train_quantizer(config, train, held_out, arguments(tmp_path / "lsq"), "lsq")
+    rq = initialize(RQMoEModel(RQMoEConfig.additive(**CONFIG)), clustered[1000:], "rq").eval()
+    assert mse(lsq, clustered[:1000]) < 0.9 * mse(rq, clustered[:1000], beam_size=16)
+    assert {"config.json", "model.safetensors", "evaluation.json"} <= {
+        file.name for file in (tmp_path / "lsq").iterdir()
+    }
+    assert not list((tmp_path / "lsq").rglob("lsq.npz"))
 
 
 def test_the_trainer_refuses_a_model_without_data(clustered, tmp_path):

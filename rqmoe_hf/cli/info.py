@@ -17,6 +17,7 @@ def info(
 ) -> None:
     """Show what a quantizer is, or which quantizer made some codes."""
     from ..bundled import bundled_quantizers, load_quantizer, quantizer_source
+    from ..codes import describe_sizes
     from ..record import load_record
 
     if name is None:
@@ -34,12 +35,12 @@ def info(
         rows = {
             "base encoder": config.base_model,
             "dimension": config.hidden_size,
-            "codes": f"{config.num_codebooks} x {config.bits_per_code} bits ({config.codebook_size} codewords)",
+            "codes": f"{describe_sizes(config.num_codebooks, config.code_sizes)}, {config.bits_per_vector} bits",
             "bytes per vector": f"{config.bytes_per_vector} (float32: {4 * config.hidden_size})",
             "experts": f"{config.num_experts} x {config.num_expert_layers} layers" if config.has_experts else "none",
             "conditioning": config.conditioning if config.has_experts else "none",
             "parameters": f"{sum(weight.numel() for weight in model.parameters()):,}",
-            "default search": f"{config.num_candidates} candidates, beam {config.beam_size}",
+            "default search": f"{config.num_candidates} candidates, beam {config.beam_size}, {config.local_search} rounds of local search",
             "initialised": model.is_initialized,
         }
         record = load_record(quantizer_source(name), revision)

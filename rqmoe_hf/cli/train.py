@@ -1,5 +1,6 @@
 """The command: rqmoe train."""
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -62,6 +63,9 @@ def train(
     ] = False,
     num_codebooks: Annotated[int, typer.Option(help="Codes per vector.")] = 8,
     codebook_size: Annotated[int, typer.Option(help="Codewords per codebook; 256 makes a byte per code.")] = 256,
+    codebook_sizes: Annotated[
+        str | None, typer.Option(help="Sizes where they differ, as 1024x6,16 (64 bits). Replaces the two above.")
+    ] = None,
     num_experts: Annotated[int, typer.Option(help="Experts per step.")] = 2,
     num_expert_layers: Annotated[int, typer.Option(help="Layers per expert.")] = 1,
     intermediate_size: Annotated[int, typer.Option(help="Width of the experts.")] = 256,
@@ -110,6 +114,9 @@ def train(
     else:
         held_out = load_embeddings(evaluation, column, split)
         held_out = held_out.select(range(min(evaluation_size, len(held_out))))
+    sizes = parse_sizes(codebook_sizes)
+    if sizes is not None:
+        num_codebooks, codebook_size = len(sizes), max(sizes)
     if additive:
         member, init, local_search = Member.additive, Start.lsq, local_search or LOCAL_SEARCH
     if start_from is not None:
@@ -120,6 +127,7 @@ def train(
             hidden_size=len(held_out[0]["embeddings"]),
             num_codebooks=num_codebooks,
             codebook_size=codebook_size,
+            codebook_sizes=sizes,
             num_experts=num_experts,
             num_expert_layers=num_expert_layers,
             intermediate_size=intermediate_size,
@@ -155,6 +163,16 @@ def train(
         print(
             f"The quantizer, its evaluation and its card are in {output}; `rqmoe push {output} org/name` shares them."
         )
+
+
+def parse_sizes(text: str | None) -> list[int] | None:
+    """Reads "1024x6,16" as six codebooks of 1,024 codewords and one of 16."""
+    if text is None:
+        return None
+    if not re.fullmatch(r"\d+(x\d+)?(,\d+(x\d+)?)*", text):
+        raise ValueError(f"codebook_sizes must be sizes and how often they occur, as in 1024x6,16; got {text!r}.")
+    parts = [part.partition("x") for part in text.split(",")]
+    return [int(size) for size, _, count in parts for _ in range(int(count or 1))]
 
 
 def build_config(member: Member, **settings):

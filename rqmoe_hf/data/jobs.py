@@ -124,7 +124,7 @@ def compress_shards(
         "revision": model.commit_hash,
         "weights": weights_checksum(model),
         "num_codebooks": steps,
-        "codebook_size": model.config.codebook_size,
+        "codebook_size": model.config.code_sizes,
         "hidden_size": model.config.hidden_size,
     }
 

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
+from ..codes import describe_sizes
 from ..modeling_rqmoe import RQMoEModel
 from ..record import TRAINING_FILE, EvaluationRecord, load_record
 from ..saving import write_text
@@ -90,6 +91,7 @@ def render_card(
         model_id=model_id,
         bundled=model_id in bundled_quantizers(),
         config=config,
+        codes=describe_sizes(config.num_codebooks, config.code_sizes),
         encoder=hub_id(config.base_model),
         float_bytes=float_bytes,
         compression=round(float_bytes / config.bytes_per_vector),

@@ -73,7 +73,7 @@ def push_codes_to_hub(
     ```
     """
     table, info = _table(codes, ids, quantizer, num_codebooks, quantizer_id)
-    name = config_name or f"{info['num_codebooks']}x{info['codebook_size']}"
+    name = config_name or f"{info['num_codebooks']}x{np.max(info['codebook_size'])}"
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise ValueError(f"config_name must be letters, digits, '_', '-' and '.', got {name!r}.")
     api = HfApi(token=token)
@@ -154,7 +154,7 @@ def _table(
         **_origin(quantizer, quantizer_id),
         "weights": weights_checksum(quantizer),
         "num_codebooks": steps,
-        "codebook_size": config.codebook_size,
+        "codebook_size": config.code_sizes,
         "hidden_size": config.hidden_size,
     }
     return table, info

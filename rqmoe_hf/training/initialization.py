@@ -1,5 +1,6 @@
 """Gives a new model its statistics and codebooks: those of an additive quantizer trained on a sample."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -7,7 +8,9 @@ import faiss
 import numpy as np
 import torch
 
-from ..additive import MAX_COLUMNS
+from ..additive import faiss_widths
+from ..codes import bits_per_code, sizes_of
+from ..local_search_rqmoe import MAX_PAIRS
 from ..modeling_rqmoe import RQMoEModel
 from .lsq import train_lsq
 
@@ -60,11 +63,11 @@ def initialize(
     if not np.isfinite(variance) or variance <= 0:
         raise ValueError(f"The embeddings' variance is {variance}: they are constant, or hold NaN or infinity.")
     if method == "lsq":
-        _check_lsq(config.num_codebooks, config.codebook_size)
+        sizes = sizes_of(config.num_codebooks, config.code_sizes)
+        _check_lsq(sizes)
         standardised = ((embeddings - mean.astype(np.float32)) / np.float32(np.sqrt(variance))).astype(np.float32)
-        size = (config.num_codebooks, config.codebook_size)
-        codebooks, codes = train_lsq(standardised, *size, sample_size=sample_size, seed=seed, checkpoint=checkpoint)
-        codebooks = sort_by_energy(codebooks, codes)[0]
+        found, codes = train_lsq(standardised, sizes, sample_size=sample_size, seed=seed, checkpoint=checkpoint)
+        codebooks = _pad(sort_by_energy(found, codes)[0], config.codebook_size)
     else:
         rows = np.random.default_rng(seed).permutation(len(embeddings))[:sample_size]
         sample = ((embeddings[np.sort(rows)] - mean) / np.sqrt(variance)).astype(np.float32)
@@ -87,58 +90,76 @@ def _projection(size: int, target: int, seed: int) -> torch.Tensor:
     return torch.randn(size, target, generator=torch.Generator().manual_seed(seed)) / size**0.5
 
 
+def _pad(codebooks: Sequence[np.ndarray], size: int) -> np.ndarray:
+    """Stacks codebooks; smaller ones are filled up with zeros, which the engine never uses."""
+    padded = np.zeros((len(codebooks), size, codebooks[0].shape[1]), np.float32)
+    for target, codebook in zip(padded, codebooks, strict=True):
+        target[: len(codebook)] = codebook
+    return padded
+
+
 def _rq_codebooks(sample: np.ndarray, model: RQMoEModel, beam_size: int, seed: int) -> np.ndarray:
     config = model.config
-    shape = (config.num_codebooks, config.codebook_size, config.hidden_size)
-    power_of_two = config.codebook_size == 1 << config.bits_per_code
-    if not power_of_two or len(sample) <= config.hidden_size:  # Faiss's own training can do neither
-        return _residual_kmeans(sample, shape, seed)
-    quantizer = faiss.ResidualQuantizer(config.hidden_size, config.num_codebooks, config.bits_per_code)
+    sizes = sizes_of(config.num_codebooks, config.code_sizes)
+    bits = [bits_per_code(size) for size in sizes]
+    powers_of_two = all(size == 1 << width for size, width in zip(sizes, bits, strict=True))
+    if not powers_of_two or len(sample) <= config.hidden_size:  # Faiss's own training can do neither
+        return _pad(_residual_kmeans(sample, sizes, seed), config.codebook_size)
+    quantizer = faiss.ResidualQuantizer(config.hidden_size, faiss_widths(bits))
     quantizer.max_beam_size = beam_size
     quantizer.cp.seed = seed + 1
     quantizer.cp.min_points_per_centroid = 1  # the warning about few points has no place here: training follows
     quantizer.train(sample)
-    return faiss.vector_to_array(quantizer.codebooks).reshape(shape)
+    rows = faiss.vector_to_array(quantizer.codebooks).reshape(-1, config.hidden_size)
+    return _pad(np.split(rows, np.cumsum(sizes)[:-1]), config.codebook_size)
 
 
-def _residual_kmeans(sample: np.ndarray, shape: tuple[int, int, int], seed: int) -> np.ndarray:
+def _residual_kmeans(sample: np.ndarray, sizes: list[int], seed: int) -> list[np.ndarray]:
     codebooks, residual = [], sample.copy()
-    for step in range(shape[0]):
-        kmeans = faiss.Kmeans(shape[2], shape[1], niter=20, seed=seed + step + 1, min_points_per_centroid=1)
+    for step, size in enumerate(sizes):
+        kmeans = faiss.Kmeans(sample.shape[1], size, niter=20, seed=seed + step + 1, min_points_per_centroid=1)
         kmeans.train(residual)
         nearest = kmeans.index.search(residual, 1)[1][:, 0]
         centroids = np.asarray(kmeans.centroids)
         residual -= centroids[nearest]
         codebooks.append(centroids)
-    return np.stack(codebooks)
+    return codebooks
 
 
-def _check_lsq(steps: int, size: int) -> None:
-    if steps * size > MAX_COLUMNS:
+def _check_lsq(sizes: list[int]) -> None:
+    if sum(sizes) ** 2 > MAX_PAIRS:
         raise ValueError(
-            f"method='lsq' solves for num_codebooks * codebook_size = {steps} * {size} codewords together, more than "
-            f"{MAX_COLUMNS:,}: use 'rq', or smaller codebooks."
+            f"method='lsq' keeps a table of all pairs of the {' + '.join(map(str, sizes))} codewords, more than "
+            f"{MAX_PAIRS:,}: use 'rq', or smaller codebooks."
         )
 
 
-def sort_by_energy(codebooks: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def sort_by_energy(codebooks: Sequence[np.ndarray], codes: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
     """Orders joint codebooks for sequential encoding and for prefixes.
 
-    LSQ's codebooks have no order. Here the one that explains most variance comes first, and all codebooks but the
-    first get mean zero over the codes (the first takes the sum of the means), so that a prefix is a sensible vector.
-    The sum of the codewords, that is the reconstruction, stays the same.
+    LSQ's codebooks have no order. Here, of those of one size, the one that explains most variance comes first, and all
+    codebooks but the first get mean zero over the codes (the first takes the sum of the means), so that a prefix is a
+    sensible vector. The sum of the codewords, that is the reconstruction, stays the same.
 
     Args:
-        codebooks: `(M, K, d)`.
+        codebooks: `(K_m, d)` each.
         codes: `(n, M)`, codes of typical vectors.
 
     Returns:
         The new codebooks, and the order: `new_codes = codes[:, order]`.
     """
-    counts = np.stack([np.bincount(column, minlength=codebooks.shape[1]) for column in codes.T]) / len(codes)
-    means = np.einsum("mk,mkd->md", counts, codebooks)
-    centred = codebooks - means[:, None]
-    order = np.argsort(-np.einsum("mk,mkd->m", counts, centred**2), kind="stable")
-    centred = centred[order]
-    centred[0] += means.sum(axis=0)
-    return centred.astype(np.float32), order
+    shares = [
+        np.bincount(column, minlength=len(book)) / len(codes) for column, book in zip(codes.T, codebooks, strict=True)
+    ]
+    means = np.stack([share @ codebook for share, codebook in zip(shares, codebooks, strict=True)])
+    centred = [codebook - mean for codebook, mean in zip(codebooks, means, strict=True)]
+    energies = np.array(
+        [share @ np.square(codebook).sum(axis=1) for share, codebook in zip(shares, centred, strict=True)]
+    )
+    sizes, order = np.array([len(codebook) for codebook in codebooks]), np.empty(len(codebooks), np.int64)
+    for size in set(sizes):
+        places = np.flatnonzero(sizes == size)
+        order[places] = places[np.argsort(-energies[places], kind="stable")]
+    ordered = [centred[place].astype(np.float32) for place in order]
+    ordered[0] = (centred[order[0]] + means.sum(axis=0)).astype(np.float32)
+    return ordered, order

@@ -10,23 +10,24 @@ sample; only the last rounds see all vectors.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..additive import least_squares_tables
+from ..additive import improve_codewords, solve_codewords
 from ..local_search_rqmoe import build_pair_tables, local_search
 
 BATCH = 2048
-VECTORS_PER_CODEWORD = 64  # of one codebook, at least, in the sample of the annealing
+VECTORS_PER_CODEWORD = 16  # of one codebook, at least, in the sample of the annealing
+SOLVED_COLUMNS = 4096  # codewords that are solved for exactly
 
 
 def train_lsq(
     vectors: np.ndarray,
-    num_codebooks: int,
-    codebook_size: int,
+    sizes: Sequence[int],
     rounds: int = 25,
     final_rounds: int = 3,
     search_rounds: int = 3,
@@ -34,93 +35,106 @@ def train_lsq(
     seed: int = 0,
     checkpoint: Path | None = None,
     show_progress_bar: bool = True,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[list[np.ndarray], np.ndarray]:
     """Trains codebooks whose sums approximate the vectors.
 
     Args:
         vectors: float32 `(n, d)`, centred.
-        num_codebooks: Codebooks (M).
-        codebook_size: Codewords of each (K); (M * K)^2 numbers must fit into memory.
+        sizes: Codewords of each codebook; the square of their sum must fit into memory.
         rounds: Rounds of annealing, on a sample.
         final_rounds: Rounds without perturbation, on all vectors.
         search_rounds: Rounds of local search for each vector in each of them.
-        sample_size: Vectors for the annealing. Large codebooks take more, 64 for each of their codewords.
+        sample_size: Vectors for the annealing. Large codebooks take more, 16 for each of their codewords.
         seed: Of the sample, the first codes and the perturbations.
         checkpoint: File that is written after each round and continued from; deleted at the end.
         show_progress_bar: Whether to show one.
 
     Returns:
-        Codebooks, float32 `(M, K, d)`, and the codes of the vectors that the last fit saw, int64 `(n, M)`.
+        Codebooks, float32 `(K_m, d)` each, and the codes of the vectors that the last fit saw, int64 `(n, M)`.
     """
-    shape = (num_codebooks, codebook_size, vectors.shape[1])
-    size = max(sample_size, VECTORS_PER_CODEWORD * codebook_size)
-    sample = vectors[np.sort(np.random.default_rng(seed).permutation(len(vectors))[:size])]
-    done, codes, codebooks = _restart(checkpoint, shape, len(sample), seed)
+    sizes = list(sizes)
+    count = max(sample_size, VECTORS_PER_CODEWORD * max(sizes))
+    sample = vectors[np.sort(np.random.default_rng(seed).permutation(len(vectors))[:count])]
+    done, codes, codewords = _restart(checkpoint, sizes, sample, seed)
     bar = tqdm(total=rounds + final_rounds, initial=done, desc="LSQ", unit="round", disable=not show_progress_bar)
     for number in range(done, rounds + final_rounds):
         data = sample if number < rounds else vectors
         if len(codes) == len(data):
-            codebooks = _fit(codes, data, codebooks)
+            codewords = _fit(codes, data, codewords, sizes)
         else:  # from the sample to all vectors
-            codebooks = _fit(codes, sample, codebooks)
-            codes = _greedy_codes(data, codebooks)
-        codes, error = _improve(codes, data, _perturb(codebooks, sample, number, rounds, seed), search_rounds, number)
-        _keep(checkpoint, number + 1, codes, codebooks)
+            codewords = _fit(codes, sample, codewords, sizes)
+            codes = _greedy_codes(data, _split(codewords, sizes))
+        perturbed = _perturb(codewords, sample, _temperature(number, rounds, len(sizes)), [seed, number])
+        codes, error = _improve(codes, data, _split(perturbed, sizes), search_rounds, number)
+        _keep(checkpoint, number + 1, codes, codewords)
         bar.set_postfix(error=f"{error:.4g}")
         bar.update()
     bar.close()
-    codebooks = _fit(codes, vectors if final_rounds else sample, codebooks)
+    codewords = _fit(codes, vectors if final_rounds else sample, codewords, sizes)
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
-    return codebooks, codes
+    return [part.numpy() for part in _split(codewords, sizes)], codes
 
 
-def _restart(checkpoint: Path | None, shape: tuple, vectors: int, seed: int) -> tuple[int, np.ndarray, np.ndarray]:
-    """Rounds done, codes and codebooks: those of the checkpoint, or random codes."""
+def _split(codewords: np.ndarray, sizes: list[int]) -> list[torch.Tensor]:
+    return list(torch.from_numpy(codewords).split(sizes))
+
+
+def _restart(
+    checkpoint: Path | None, sizes: list[int], sample: np.ndarray, seed: int
+) -> tuple[int, np.ndarray, np.ndarray]:
+    """Rounds done, codes and codewords: those of the checkpoint, or random codes."""
+    shape = (sum(sizes), sample.shape[1])
     if checkpoint is not None and checkpoint.is_file():
         with np.load(checkpoint, allow_pickle=False) as saved:
-            if saved["codebooks"].shape == shape:
-                return int(saved["done"]), saved["codes"].astype(np.int64), saved["codebooks"]
-    codes = np.random.default_rng(seed).integers(shape[1], size=(vectors, shape[0]))
+            if saved["codewords"].shape == shape:
+                return int(saved["done"]), saved["codes"].astype(np.int64), saved["codewords"]
+    codes = np.random.default_rng(seed).integers(sizes, size=(len(sample), len(sizes)))
     return 0, codes, np.zeros(shape, np.float32)
 
 
-def _keep(checkpoint: Path | None, done: int, codes: np.ndarray, codebooks: np.ndarray) -> None:
+def _keep(checkpoint: Path | None, done: int, codes: np.ndarray, codewords: np.ndarray) -> None:
     if checkpoint is None:
         return
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     scratch = checkpoint.with_suffix(".tmp.npz")
-    np.savez(scratch, done=done, codes=codes.astype(np.uint16), codebooks=codebooks)
+    np.savez(scratch, done=done, codes=codes.astype(np.uint16), codewords=codewords)
     os.replace(scratch, checkpoint)
 
 
-def _perturb(codebooks: np.ndarray, vectors: np.ndarray, number: int, rounds: int, seed: int) -> np.ndarray:
-    """Adds noise with the data's deviation per dimension over M, times the root of the share of rounds to come."""
-    share = max(0.0, 1 - (number + 1) / rounds) ** 0.5 / len(codebooks) if rounds else 0.0
-    if not share:
-        return codebooks
-    noise = np.random.default_rng([seed, number]).standard_normal(codebooks.shape, dtype=np.float32)
-    return codebooks + noise * (share * vectors.std(axis=0))
+def _temperature(number: int, rounds: int, steps: int) -> float:
+    """Deviation of the perturbation, in units of the data's: the root of the share of rounds to come, over M."""
+    return max(0.0, 1 - (number + 1) / rounds) ** 0.5 / steps if rounds else 0.0
 
 
-def _fit(codes: np.ndarray, vectors: np.ndarray, codebooks: np.ndarray) -> np.ndarray:
+def _perturb(codewords: np.ndarray, vectors: np.ndarray, temperature: float, seed: list[int]) -> np.ndarray:
+    if not temperature:
+        return codewords
+    noise = np.random.default_rng(seed).standard_normal(codewords.shape, dtype=np.float32)
+    return codewords + noise * (temperature * vectors.std(axis=0))
+
+
+def _fit(codes: np.ndarray, vectors: np.ndarray, codewords: np.ndarray, sizes: list[int]) -> np.ndarray:
     """Least squares with the ridge that fits the present codewords' energy and the present error.
 
     It gives the posterior mean of codewords that are Gaussian with this energy, of vectors with Gaussian errors.
     """
     some = slice(0, 8 * BATCH)
-    restored = sum(codebook[column] for codebook, column in zip(codebooks, codes[some].T, strict=True))
+    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    restored = codewords[codes[some] + starts].sum(axis=1)
     error = np.square(vectors[some] - restored).sum(axis=1).mean()
-    energy = np.square(codebooks).sum(axis=2).mean()
+    energy = np.square(codewords).sum(axis=1).mean()
     ridge = float(np.clip(error / energy, 1e-2, 30)) if energy > 0 else 1.0
-    return least_squares_tables(codes, vectors, codebooks.shape[1], ridge)
+    if sum(sizes) <= SOLVED_COLUMNS:
+        return solve_codewords(codes, vectors, sizes, ridge)
+    return improve_codewords(codewords, codes, vectors, sizes, ridge)
 
 
 def _improve(
-    codes: np.ndarray, vectors: np.ndarray, codebooks: np.ndarray, search_rounds: int, number: int
+    codes: np.ndarray, vectors: np.ndarray, codebooks: list[torch.Tensor], search_rounds: int, number: int
 ) -> tuple[np.ndarray, float]:
     """Local search from the given codes; returns the new ones and their mean squared error."""
-    pairs = build_pair_tables(torch.from_numpy(codebooks))
+    pairs = build_pair_tables(codebooks)
     found, total = np.empty_like(codes), 0.0
     for start in range(0, len(codes), BATCH):
         part = slice(start, start + BATCH)
@@ -133,13 +147,12 @@ def _improve(
     return found, total / len(codes)
 
 
-def _greedy_codes(vectors: np.ndarray, codebooks: np.ndarray) -> np.ndarray:
+def _greedy_codes(vectors: np.ndarray, codebooks: list[torch.Tensor]) -> np.ndarray:
     """Codes chosen one after the other, where the search starts."""
-    steps = [torch.from_numpy(codebook) for codebook in codebooks]
-    codes = np.empty((len(vectors), len(steps)), np.int64)
+    codes = np.empty((len(vectors), len(codebooks)), np.int64)
     for start in range(0, len(vectors), BATCH):
         residual = torch.from_numpy(vectors[start : start + BATCH]).clone()
-        for step, codebook in enumerate(steps):
+        for step, codebook in enumerate(codebooks):
             best = torch.addmm(codebook.square().sum(-1), residual, codebook.T, alpha=-2).argmin(dim=1)
             residual -= codebook[best]
             codes[start : start + BATCH, step] = best.numpy()

@@ -108,7 +108,7 @@ def additive_member(model: RQMoEModel, init_method: str) -> RQMoEModel:
     """The additive quantizer that a new model starts from: its codebooks, without experts."""
     config = model.config
     local_search = max(config.local_search, LOCAL_SEARCH) if init_method == "lsq" else config.local_search
-    names = ("hidden_size", "num_codebooks", "codebook_size", "beam_size", "base_model")
+    names = ("hidden_size", "num_codebooks", "codebook_size", "codebook_sizes", "beam_size", "base_model")
     kept = {name: getattr(config, name) for name in names}
     member = RQMoEModel(RQMoEConfig.additive(**kept, local_search=local_search))
     member.load_state_dict({name: model.state_dict()[name] for name in member.state_dict()})
