@@ -16,7 +16,7 @@ import gc
 import sys
 import time
 import traceback
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import environment
@@ -24,7 +24,7 @@ import faiss
 import numpy as np
 import tasks as text_tasks
 import torch
-from rivals import REFERENCES, RIVALS, Quantizer, Searcher, build
+from rivals import OURS, REFERENCES, RIVALS, Quantizer, Searcher, build
 from rivals.family import RECIPES, FamilyMember, Ours
 from rivals.interface import squared_error
 from rivals.limits import training_vectors
@@ -41,7 +41,7 @@ class Cell:
     """One method at one number of bytes.
 
     Args:
-        method: Key of `RIVALS`, `REFERENCES` or `RECIPES`, or what stands behind `--ours`.
+        method: Key of `RIVALS`, `OURS`, `REFERENCES` or `RECIPES`, or what stands behind `--ours`.
         size: Bytes per vector; None for what has bytes of its own.
         ours: Whether it is a finished quantizer.
     """
@@ -53,9 +53,9 @@ class Cell:
 
 def list_cells(methods: list[str], sizes: list[int], ours: list[str]) -> list[Cell]:
     """The cells of a run, in order: small codes first."""
-    unknown = [method for method in methods if method not in (*RIVALS, *REFERENCES, *RECIPES)]
+    unknown = [method for method in methods if method not in (*RIVALS, *OURS, *REFERENCES, *RECIPES)]
     if unknown:
-        raise ValueError(f"Unknown: {unknown}. There are {', '.join((*RIVALS, *REFERENCES, *RECIPES))}.")
+        raise ValueError(f"Unknown: {unknown}. There are {', '.join((*RIVALS, *OURS, *REFERENCES, *RECIPES))}.")
     fixed = [Cell(method, None) for method in methods if method in REFERENCES]
     rated = [Cell(method, size) for size in sizes for method in methods if method not in REFERENCES]
     return [*fixed, *rated, *(Cell(given, None, ours=True) for given in ours)]
@@ -68,7 +68,8 @@ def prepare(cell: Cell, data: EmbeddingSet, minutes: float) -> tuple[Quantizer |
     if cell.ours:
         finished = Ours(cell.method)
         known = {"method": finished.name, "bytes": -(-finished.code_bits // 8), "weights": finished.fingerprint}
-        return finished, identity | known | {"training_vectors": finished.training_vectors}
+        checksum = data.limited(0).checksum  # of what it is measured on: it was trained elsewhere
+        return finished, identity | known | {"training_vectors": finished.training_vectors, "checksum": checksum}
     if cell.method in RECIPES:
         assert cell.size is not None
         member = FamilyMember(cell.method, dimension, cell.size, 60 * minutes)
@@ -81,7 +82,8 @@ def prepare(cell: Cell, data: EmbeddingSet, minutes: float) -> tuple[Quantizer |
     if count == 0 or quantizer is None:
         print(f"{cell.method} at {cell.size} bytes: {reason or 'does not exist'}", flush=True)
         return None, identity
-    return quantizer, identity | {"training_vectors": count} | ({"note": reason} if reason else {})
+    known = {"training_vectors": count, "checksum": data.limited(count).checksum}
+    return quantizer, identity | known | ({"note": reason} if reason else {})
 
 
 def key_of(identity: dict) -> str:
@@ -164,7 +166,8 @@ def run(cells: list[Cell], data: EmbeddingSet, arguments: argparse.Namespace) ->
             failed.append(label)
             continue
         measured[key] = row | {"date": results["environment"]["date"]}
-        environment.save(file, results)
+        found = environment.load(file).get("cells", {})  # another run may have added cells meanwhile
+        environment.save(file, results | {"cells": found | {key: measured[key]}})
         short = {name: round(value, 4) for name, value in row.items() if isinstance(value, float)}
         print(f"[{number}/{len(cells)}] {label}: {short}, {row['train_seconds']} s of training", flush=True)
         del quantizer
@@ -187,8 +190,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="measure what is in the results file too")
     arguments = parser.parse_args()
     cells = list_cells(arguments.methods, arguments.bytes, arguments.ours)
-    data = load(arguments.set, arguments.root)  # all of it: the checksum should not depend on the limit
-    failed = run(cells, replace(data, train=data.train[: arguments.limit]), arguments)
+    failed = run(cells, load(arguments.set, arguments.root, arguments.limit), arguments)
     if failed:
         sys.exit(f"Failed: {', '.join(failed)}")
 

@@ -22,35 +22,52 @@ ROOT = Path(__file__).parent.parent
 FLOAT_BYTES = 4 * 384
 
 
+def cells(name: str) -> list[dict]:
+    """The measured cells of a set, larger errors first; of cells that differ in training vectors only, the largest."""
+    best: dict[tuple, dict] = {}
+    for cell in environment.load(f"quality-{name}").get("cells", {}).values():
+        key = (cell["method"], cell["bytes"])
+        if key not in best or (cell["training_vectors"] or 0) >= (best[key]["training_vectors"] or 0):
+            best[key] = cell
+    return sorted(best.values(), key=lambda cell: (cell["bytes"], -cell["mse"]))
+
+
+def label(cell: dict) -> str:
+    """The name of a method as tables show it; what is ours in bold."""
+    if not cell["method"].startswith("ours"):
+        return cell["method"]
+    if not cell["method"].startswith("ours:"):
+        return f"**{cell['method'].removeprefix('ours, ')}** (ours)"
+    _, name, codes = cell["method"].split(":")
+    return f"**{name}**, {codes} codes"
+
+
 def summary() -> str:
     """README's first table: bytes, memory and recall beside the uncompressed vectors."""
-    results = environment.load("quality")["methods"]
-    ours = [row for name, row in results.items() if name.endswith("beam 4")]
-    rows = [("float32", FLOAT_BYTES, 1.0, 1.0)]
-    for row in sorted(ours, key=lambda row: -row["bytes_per_vector"]):
-        rows.append(("rqmoe_hf", row["bytes_per_vector"], row["recall_10_at_10"], row["recall_at_1_10"]))
-    for name in ("RQ16x8, beam 5", "LSQ8x8", "RQ8x8, beam 5", "PQ8x8"):
-        row = results[name]
-        rows.append((f"Faiss {name}", row["bytes_per_vector"], row["recall_10_at_10"], row["recall_at_1_10"]))
     lines = ["| | bytes per vector | 10 million vectors | recall@10 | R@10 |", "| --- | ---: | ---: | ---: | ---: |"]
-    for name, size, recall, first in rows:
-        memory = f"{size * 1e7 / 1e9:.1f} GB" if size > 100 else f"{size * 1e7 / 1e6:.0f} MB"
-        lines.append(f"| {name} | {size:,} | {memory} | {recall:.3f} | {first:.3f} |")
+    lines.append(f"| float32 | {FLOAT_BYTES:,} | {FLOAT_BYTES / 100:.1f} GB | 1.000 | 1.000 |")
+    shown = ("PQ", "OPQ", "RQ, beam 5", "LSQ")
+    for cell in sorted(cells("minilm-384"), key=lambda cell: (-cell["bytes"], -cell["recall_10_at_10"])):
+        if cell["bytes"] <= 16 and (cell["method"].startswith("ours:minilm-384") or cell["method"] in shown):
+            lines.append(
+                f"| {label(cell)} | {cell['bytes']} | {cell['bytes'] * 10:.0f} MB | {cell['recall_10_at_10']:.3f} | "
+                f"{cell['recall_at_1_10']:.3f} |"
+            )
     return "\n".join(lines)
 
 
 def quality() -> str:
-    """All methods: error and recall."""
-    results = environment.load("quality")["methods"]
+    """All methods on the embeddings of all-MiniLM-L6-v2: error, recall, retrieval."""
     lines = [
-        "| method | bytes | MSE | R@1 | R@10 | recall@10 |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| method | bytes | trained on | MSE | R@1 | R@10 | recall@10 | nDCG@10 | codebooks |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for name, row in sorted(results.items(), key=lambda item: (item[1]["bytes_per_vector"] > 8, -item[1]["mse"])):
-        subset = f" (trained on {row['training_vectors']:,})" if name.startswith("LSQ") else ""
+    for cell in cells("minilm-384"):
+        ndcg = cell.get("tasks", {}).get("known_item_ndcg_at_10_asymmetric")
         lines.append(
-            f"| {name}{subset} | {row['bytes_per_vector']} | {row['mse']:.3f} | {row['recall_at_1_1']:.3f} | "
-            f"{row['recall_at_1_10']:.3f} | {row['recall_10_at_10']:.3f} |"
+            f"| {label(cell)} | {cell['bytes']:,} | {cell['training_vectors'] or 0:,} | {cell['mse']:.3f} | "
+            f"{cell['recall_at_1_1']:.3f} | {cell['recall_at_1_10']:.3f} | {cell['recall_10_at_10']:.3f} | "
+            f"{'' if ndcg is None else f'{ndcg:.3f}'} | {cell['codebook_bytes'] / 1e6:.1f} MB |"
         )
     return "\n".join(lines)
 
@@ -85,17 +102,22 @@ def qinco() -> str:
 
 def tasks() -> str:
     """What similarity and retrieval keep."""
-    results = environment.load("tasks")["rows"]
     lines = [
         "| | bytes | compressed | STS Spearman | known-item nDCG@10 | accuracy@1 |",
         "| --- | ---: | --- | ---: | ---: | ---: |",
     ]
-    for name, row in sorted(results.items(), key=lambda item: (-item[1]["bytes_per_vector"], item[0])):
-        sides = {None: "nothing", True: "documents", False: "both sides"}[row.get("asymmetric")]
-        lines.append(
-            f"| {row.get('quantizer', name)} | {row['bytes_per_vector']:,} | {sides} | {row['sts_spearman']:.1f} | "
-            f"{row['known_item_ndcg_at_10']:.3f} | {row['known_item_accuracy_at_1']:.3f} |"
-        )
+    for cell in reversed(cells("minilm-384")):
+        found = cell.get("tasks", {})
+        if not cell["method"].startswith(("ours:", "float32")) or not found:
+            continue
+        for side, words in (("asymmetric", "documents"), ("symmetric", "both sides")):
+            exact = cell["method"] == "float32"
+            if not exact or side == "asymmetric":
+                lines.append(
+                    f"| {'uncompressed' if exact else label(cell)} | {cell['bytes']:,} | "
+                    f"{'nothing' if exact else words} | {found[f'sts_spearman_{side}']:.1f} | "
+                    f"{found[f'known_item_ndcg_at_10_{side}']:.3f} | {found[f'known_item_accuracy_at_1_{side}']:.3f} |"
+                )
     return "\n".join(lines)
 
 
@@ -131,37 +153,45 @@ def fit() -> str:
 def refresh_record(name: str, file: Path) -> str:
     """The evaluation of a bundled quantizer with the comparisons that the results files hold."""
     record = EvaluationRecord.from_json(file.read_text("utf-8"))
-    kept = ("bytes_per_vector", "mse", "recall_at_1_1", "recall_at_1_10", "recall_10_at_10")
-    record.comparison = []
-    for label, row in environment.load("quality")["methods"].items():
-        if label.startswith(name) and not label.endswith("beam 4"):
-            continue
-        vectors = row.get("training_vectors")
-        note = f" (trained on {vectors:,})" if vectors and vectors < environment.load("quality")["train"] else ""
-        record.comparison.append({"method": f"{label}{note}", **{key: row[key] for key in kept}})
-    record.comparison.sort(key=lambda row: (row["bytes_per_vector"] > 8, -row["mse"]))
-    results = environment.load("tasks")["rows"]
+    kept = ("mse", "recall_at_1_1", "recall_at_1_10", "recall_10_at_10")
+    measured = cells("minilm-384")
+    own = [cell for cell in measured if cell["method"].startswith(f"ours:{name}:")]
+    sizes = {cell["bytes"] for cell in own} | {16 for cell in own if cell["bytes"] == 15}
+    record.comparison = [
+        {"method": _method(cell), "bytes_per_vector": cell["bytes"], **{key: cell[key] for key in kept}}
+        for cell in measured
+        if cell in own or (cell["bytes"] in sizes and not cell["method"].startswith("ours"))
+    ]
+    exact = next(cell["tasks"] for cell in measured if cell["method"] == "float32")
     record.preserved = []
-    for row in results.values():
-        if row.get("quantizer") != name:
-            continue
-        sides = "queries exact" if row["asymmetric"] else "both sides compressed"
-        for key, task, metric in (
-            ("sts_spearman", "STS Benchmark", "Spearman"),
-            ("known_item_ndcg_at_10", "known-item retrieval", "nDCG@10"),
-        ):
-            scale = 100 if key == "sts_spearman" else 1
-            entry = {"task": f"{task}, {sides}", "metric": metric, "bytes_per_vector": row["bytes_per_vector"],
-                     "value": row[key] / scale, "uncompressed": results["uncompressed"][key] / scale}  # fmt: skip
-            if key == "sts_spearman" and not row["asymmetric"]:
-                entry |= {"dataset_id": "mteb/stsbenchmark-sts", "task_id": "default"}
-            record.preserved.append(entry)
+    for cell in own:
+        for side, sides in (("asymmetric", "queries exact"), ("symmetric", "both sides compressed")):
+            for key, task, metric, scale in (
+                ("sts_spearman", "STS Benchmark", "Spearman", 100),
+                ("known_item_ndcg_at_10", "known-item retrieval", "nDCG@10", 1),
+            ):
+                values = {
+                    "value": cell["tasks"][f"{key}_{side}"] / scale,
+                    "uncompressed": exact[f"{key}_{side}"] / scale,
+                }
+                entry = {"task": f"{task}, {sides}", "metric": metric, "bytes_per_vector": cell["bytes"], **values}
+                if key == "sts_spearman" and side == "symmetric":
+                    entry |= {"dataset_id": "mteb/stsbenchmark-sts", "task_id": "default"}
+                record.preserved.append(entry)
     return record.to_json()
+
+
+def _method(cell: dict) -> str:
+    """A method and, for what was trained in the benchmark, on how many vectors."""
+    if cell["method"].startswith("ours:"):
+        _, name, codes = cell["method"].split(":")
+        return f"{name}, {codes} codes"
+    return f"{cell['method']} (trained on {cell['training_vectors']:,})"
 
 
 def machine() -> str:
     """One line on where and when the figures were measured."""
-    where = environment.load("quality")["environment"]
+    where = environment.load("quality-minilm-384")["environment"]
     return (
         f"Measured on {where['date']} on two cores of {where['processor']}"
         f"{' with bfloat16 instructions' if where['bf16_instructions'] else ''}, torch {where['torch']}, "

@@ -28,6 +28,17 @@ def sizes_of(num_codebooks: int, codebook_size: int | Sequence[int]) -> list[int
     return list(codebook_size[:num_codebooks])
 
 
+def sizes_for_bytes(size: int, bits: int = 10) -> list[int]:
+    """Codebook sizes that use every bit of `size` bytes: as many codes of `bits` bits as fit, and one of the rest.
+
+    Larger codebooks give lower errors for the same bytes, and take more memory, time and training vectors.
+    """
+    if size < 1 or not 1 <= bits <= 16:
+        raise ValueError(f"Expected at least 1 byte and 1 to 16 bits per code, got {size} bytes and {bits} bits.")
+    count, rest = divmod(8 * size, bits)
+    return [1 << bits] * count + ([1 << rest] if rest else [])
+
+
 def describe_sizes(num_codebooks: int, codebook_size: int | Sequence[int]) -> str:
     """In words: "12 x 1,024 codewords", or "6 x 1,024 + 1 x 16 codewords"."""
     groups = [(size, len(list(steps))) for size, steps in groupby(sizes_of(num_codebooks, codebook_size))]

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from rqmoe_hf import RQMoEConfig, bytes_per_vector, pack_codes, truncate_codes, unpack_codes
+from rqmoe_hf.codes import sizes_for_bytes
 
 
 @pytest.mark.parametrize("codebook_size", [2, 3, 16, 200, 256, 512, 1000, 4096, 65536])
@@ -66,3 +67,12 @@ def test_unpacking_refuses_wrong_bytes():
         unpack_codes(np.full((1, 3), 255, np.uint8), 3, 200)
     with pytest.raises(ValueError, match="between 2 and 65536, got 70000"):
         unpack_codes(np.zeros((1, 3), np.uint8), 1, 70000)
+
+
+@pytest.mark.parametrize("size", [1, 8, 16, 32, 64])
+@pytest.mark.parametrize("bits", [4, 9, 10, 16])
+def test_codebooks_for_a_number_of_bytes_use_every_bit(size, bits):
+    sizes = sizes_for_bytes(size, bits)
+    assert sum(codewords.bit_length() - 1 for codewords in sizes) == 8 * size
+    assert max(sizes) <= 1 << bits
+    assert bytes_per_vector(len(sizes), sizes) == size

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from .binary_codecs import itq, rabitq
 from .faiss_codecs import equal_steps, local_search, mixed_steps, product, product_of_additive, residual
+from .family import OursAdditive
 from .interface import BestOf, Quantizer, Searcher
 from .references import Binary, Float32, Int8
 from .residual_vq import ResidualVQCodec
@@ -41,6 +42,12 @@ RIVALS: dict[str, Maker] = {
     "ResidualVQ": ResidualVQCodec,
 }
 
+# Our additive quantizers stand apart: they are no rivals, but are trained like them, in the same run.
+OURS: dict[str, Maker] = {
+    f"ours, additive x{bits}": lambda dimension, size, bits=bits: OursAdditive(dimension, size, bits)
+    for bits in (8, 9, 10, 11, 12)
+}
+
 REFERENCES: dict[str, Callable[[int], Quantizer]] = {"float32": Float32, "int8": Int8, "binary, rescored": Binary}
 
 
@@ -48,11 +55,11 @@ def build(method: str, dimension: int, size: int) -> Quantizer | None:
     """A new quantizer of a rival or a reference; None where it does not exist.
 
     Args:
-        method: A key of `RIVALS` or `REFERENCES`.
+        method: A key of `RIVALS`, `OURS` or `REFERENCES`.
         dimension: Of the vectors.
         size: Bytes per vector. References have bytes of their own and ignore it.
     """
-    return REFERENCES[method](dimension) if method in REFERENCES else RIVALS[method](dimension, size)
+    return REFERENCES[method](dimension) if method in REFERENCES else (RIVALS | OURS)[method](dimension, size)
 
 
-__all__ = ["REFERENCES", "RIVALS", "BestOf", "Quantizer", "Searcher", "build"]
+__all__ = ["OURS", "REFERENCES", "RIVALS", "BestOf", "Quantizer", "Searcher", "build"]

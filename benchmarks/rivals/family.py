@@ -13,9 +13,11 @@ import torch
 from rqmoe_hf import RQMoEConfig, RQMoEModel, unpack_codes
 from rqmoe_hf.additive import MAX_COLUMNS
 from rqmoe_hf.bundled import load_quantizer, quantizer_source
+from rqmoe_hf.codes import bits_per_code, sizes_for_bytes, sizes_of
 from rqmoe_hf.data import dataset_from_array
 from rqmoe_hf.record import TRAINING_FILE
 from rqmoe_hf.training import RQMoETrainingArguments, initialize, train_quantizer
+from rqmoe_hf.training.run import LOCAL_SEARCH
 
 from .additive_tables import best_tables, decode_tables
 from .interface import contiguous, squared_error
@@ -129,6 +131,34 @@ def seconds_per_batch(config: RQMoEConfig, vectors: np.ndarray, batch_size: int)
     return seconds
 
 
+class OursAdditive:
+    """The additive member of our family, trained as `rqmoe train --additive --bytes` does.
+
+    Args:
+        dimension: Of the vectors.
+        size: Bytes per vector.
+        bits: Per code.
+    """
+
+    def __init__(self, dimension: int, size: int, bits: int = 10):
+        sizes = sizes_for_bytes(size, bits)
+        self.code_bits, self.codebook_bytes = 8 * size, 4 * dimension * sum(sizes)
+        settings = {"num_codebooks": len(sizes), "codebook_size": max(sizes), "local_search": LOCAL_SEARCH}
+        self.model = RQMoEModel(RQMoEConfig.additive(hidden_size=dimension, codebook_sizes=sizes, **settings))
+
+    def train(self, vectors: np.ndarray) -> None:
+        """See [`Quantizer.train`]."""
+        initialize(self.model, vectors, "lsq").eval()
+
+    def encode(self, vectors: np.ndarray) -> np.ndarray:
+        """Packed codes, uint8."""
+        return self.model.compress(vectors, show_progress_bar=False)
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """See [`Quantizer.decode`]."""
+        return self.model.decompress(codes, show_progress_bar=False)
+
+
 class Ours:
     """A finished quantizer with the search settings of its config.
 
@@ -150,7 +180,7 @@ class Ours:
     @property
     def code_bits(self) -> int:
         """See [`Quantizer`]."""
-        return self.codes * self.model.config.bits_per_code
+        return sum(bits_per_code(size) for size in sizes_of(self.codes, self.model.config.code_sizes))
 
     @property
     def codebook_bytes(self) -> int:
@@ -199,9 +229,9 @@ class Ours:
         if not config.has_experts or self.codes * config.codebook_size > MAX_COLUMNS:
             return None
         vectors = vectors[:TABLE_VECTORS]
-        known = unpack_codes(self.encode(vectors), self.codes, config.codebook_size)
+        known = unpack_codes(self.encode(vectors), self.codes, config.code_sizes)
         tables = best_tables(known, vectors, config.codebook_size)
-        restored = decode_tables(tables, unpack_codes(codes, self.codes, config.codebook_size))
+        restored = decode_tables(tables, unpack_codes(codes, self.codes, config.code_sizes))
         additive = squared_error(database, restored)
         return {
             "experts_share": 1 - squared_error(database, self.decode(codes)) / additive,

@@ -9,7 +9,7 @@ Nothing is trained on test vectors: the first of them are for validation, the ne
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +69,14 @@ class EmbeddingSet:
     queries: np.ndarray
     checksum: str
     unit_norm: bool
+
+    def limited(self, count: int) -> "EmbeddingSet":
+        """The same set with the first `count` training vectors, and the checksum of that."""
+        if count >= len(self.train):
+            return self
+        train = self.train[:count]
+        parts = (train, self.validation, self.database, self.queries)
+        return replace(self, train=train, checksum=array_checksum(parts)[:16])
 
 
 def load(name: str, root: str | Path = "data", limit: int | None = None) -> EmbeddingSet:

@@ -66,6 +66,9 @@ def train(
     codebook_sizes: Annotated[
         str | None, typer.Option(help="Sizes where they differ, as 1024x6,16 (64 bits). Replaces the two above.")
     ] = None,
+    size: Annotated[
+        int | None, typer.Option("--bytes", help="Bytes per vector: chooses codebooks of 1,024 that use every bit.")
+    ] = None,
     num_experts: Annotated[int, typer.Option(help="Experts per step.")] = 2,
     num_expert_layers: Annotated[int, typer.Option(help="Layers per expert.")] = 1,
     intermediate_size: Annotated[int, typer.Option(help="Width of the experts.")] = 256,
@@ -95,6 +98,7 @@ def train(
     On several GPUs: torchrun --nproc-per-node 8 -m rqmoe_hf train ... or accelerate launch -m rqmoe_hf train ...
     """
     from ..bundled import load_quantizer
+    from ..codes import sizes_for_bytes
     from ..data import embed_texts, load_embeddings
     from ..data.sources import split_dataset
     from ..hub import write_card
@@ -114,7 +118,7 @@ def train(
     else:
         held_out = load_embeddings(evaluation, column, split)
         held_out = held_out.select(range(min(evaluation_size, len(held_out))))
-    sizes = parse_sizes(codebook_sizes)
+    sizes = parse_sizes(codebook_sizes) if size is None else sizes_for_bytes(size)
     if sizes is not None:
         num_codebooks, codebook_size = len(sizes), max(sizes)
     if additive:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,6 +66,7 @@ def train_quantizer(
     Returns:
         The model with the lowest validation error (if `args.load_best_model_at_end`), on the training device.
     """
+    started = time.perf_counter()
     output = Path(str(args.output_dir))
     args.output_dir = str(output / "checkpoints")
     checkpoint = last_complete_checkpoint(Path(args.output_dir))
@@ -93,6 +95,9 @@ def train_quantizer(
         if half_size:
             round_weights(quantizer)
         notes = _training_notes(trainer, train_dataset, model, init_method, description)
+        if not trainer.state.global_step:  # LSQ alone: nothing of the Trainer's settings had a part in it
+            notes |= dict.fromkeys(("epochs", "steps", "batch_size", "learning_rate", "loss", "precision"))
+            notes["seconds"] = round(time.perf_counter() - started)
         files = {
             "training_log.json": json.dumps(trainer.state.log_history, indent=1) + "\n",
             TRAINING_FILE: json.dumps(notes | {"member": _member(quantizer.config)}, indent=1) + "\n",
