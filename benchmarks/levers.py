@@ -23,7 +23,7 @@ SEARCHES = (0, 1, 2, 4, 8, 16, 32)  # rounds of local search
 HELD_OUT = 4_000
 # Name: codebook sizes, and settings of `train_lsq`. Those without annealing have as many rounds.
 SETTINGS: dict[str, tuple[list[int], dict]] = {
-    "8 x 256, no annealing": ([256] * 8, {"rounds": 0, "final_rounds": 28}),
+    "8 x 256, no annealing": ([256] * 8, {"rounds": 0, "final_rounds": 31}),
     "8 x 256": ([256] * 8, {}),
     "8 x 256, twice the rounds": ([256] * 8, {"rounds": 50}),
     "7 x 512 + 2": ([512] * 7 + [2], {}),

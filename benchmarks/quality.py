@@ -30,9 +30,14 @@ from rivals.interface import squared_error
 from rivals.limits import training_vectors
 from sets import SETS, EmbeddingSet, load
 
+from rqmoe_hf import record
+from rqmoe_hf.bundled import bundled_quantizers
 from rqmoe_hf.evaluation import nearest_neighbors, recalls
+from rqmoe_hf.record import RECORD_FILE
+from rqmoe_hf.saving import write_text
 
 BYTES = (8, 16, 32, 64)
+CARD_TEXTS = "held-out English passages of dictionaries and Debian's package descriptions"
 DEPTH = 100  # of the ranking: R@100
 
 
@@ -165,6 +170,8 @@ def run(cells: list[Cell], data: EmbeddingSet, arguments: argparse.Namespace) ->
             traceback.print_exc()
             failed.append(label)
             continue
+        if isinstance(quantizer, Ours):
+            refresh_card(quantizer, data)
         measured[key] = row | {"date": results["environment"]["date"]}
         found = environment.load(file).get("cells", {})  # another run may have added cells meanwhile
         environment.save(file, results | {"cells": found | {key: measured[key]}})
@@ -173,6 +180,14 @@ def run(cells: list[Cell], data: EmbeddingSet, arguments: argparse.Namespace) ->
         del quantizer
         gc.collect()
     return failed
+
+
+def refresh_card(quantizer: Ours, data: EmbeddingSet) -> None:
+    """Measures a bundled quantizer for its card, and for the fit checks that compare with it."""
+    folder = bundled_quantizers().get(quantizer.source.name)
+    if folder == quantizer.source and quantizer.codes == quantizer.model.config.num_codebooks:
+        vectors = np.concatenate([data.queries, data.database])
+        write_text(folder / RECORD_FILE, record.measure(quantizer.model, vectors, CARD_TEXTS).to_json())
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import environment
 
 from rqmoe_hf.bundled import bundled_quantizers, load_quantizer
+from rqmoe_hf.codes import describe_sizes
 from rqmoe_hf.hub.cards import eval_results_files, load_training, render_card
 from rqmoe_hf.record import RECORD_FILE, EvaluationRecord
 from rqmoe_hf.saving import write_text
@@ -189,6 +190,26 @@ def _method(cell: dict) -> str:
     return f"{cell['method']} (trained on {cell['training_vectors']:,})"
 
 
+def bundled() -> str:
+    """The quantizers that come with the package."""
+    lines = [
+        "| name | kind | bytes | MSE | R@1 | recall@10 | encoded/s | decoded/s | weights |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, folder in bundled_quantizers().items():
+        record = EvaluationRecord.from_json((folder / RECORD_FILE).read_text("utf-8"))
+        config, whole = load_quantizer(name).config, record.whole
+        kind = f"RQ-MoE, {describe_sizes(config.num_codebooks, config.code_sizes)}"
+        if not config.has_experts:
+            kind = kind.replace("RQ-MoE", "LSQ")
+        lines.append(
+            f"| `{name}` | {kind} | {whole['bytes_per_vector']} | {whole['mse']:.3f} | {whole['recall_at_1_1']:.3f} | "
+            f"{whole['recall_10_at_10']:.3f} | {record.speed['encode_per_second']:,} | "
+            f"{record.speed['decode_per_second']:,} | {(folder / 'model.safetensors').stat().st_size / 1e6:.0f} MB |"
+        )
+    return "\n".join(lines)
+
+
 def machine() -> str:
     """One line on where and when the figures were measured."""
     where = environment.load("quality-minilm-384")["environment"]
@@ -199,7 +220,7 @@ def machine() -> str:
     )
 
 
-TABLES = {table.__name__: table for table in (summary, quality, engine, qinco, tasks, module, fit, machine)}
+TABLES = {table.__name__: table for table in (summary, quality, engine, qinco, tasks, module, fit, bundled, machine)}
 
 
 def fill(text: str) -> str:

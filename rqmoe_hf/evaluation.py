@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import faiss
 import numpy as np
@@ -90,6 +91,7 @@ def evaluate(
     num_codebooks: list[int] | None = None,
     num_candidates: int | None = None,
     beam_size: int | None = None,
+    local_search: int | None = None,
 ) -> list[QuantizerReport]:
     """Measures a quantizer on held-out embeddings.
 
@@ -103,6 +105,7 @@ def evaluate(
         num_codebooks: Prefixes to report, default the whole code only. All are cut from one encoding.
         num_candidates: See `RQMoEModel.encode`.
         beam_size: See `RQMoEModel.encode`.
+        local_search: See `RQMoEModel.encode`.
 
     Returns:
         One report per prefix.
@@ -112,7 +115,8 @@ def evaluate(
         queries, embeddings = split_queries(embeddings)
     embeddings = np.ascontiguousarray(embeddings, np.float32)
     truth = nearest_neighbors(queries, embeddings, 10)
-    packed = model.compress(embeddings, num_candidates=num_candidates, beam_size=beam_size)
+    search: dict[str, Any] = {"num_candidates": num_candidates, "beam_size": beam_size, "local_search": local_search}
+    packed = model.compress(embeddings, **search)
     reports = []
     for steps in num_codebooks or [config.num_codebooks]:
         codes = truncate_codes(packed, config.num_codebooks, steps, config.code_sizes)

@@ -21,6 +21,7 @@ def quantize_embeddings(
     num_codebooks: int | None = None,
     num_candidates: int | None = None,
     beam_size: int | None = None,
+    local_search: int | None = None,
 ) -> np.ndarray:
     """Compresses embeddings to packed codes.
 
@@ -30,6 +31,7 @@ def quantize_embeddings(
         num_codebooks: Keep only this many codes, hence fewer bytes.
         num_candidates: See `RQMoEModel.encode`.
         beam_size: See `RQMoEModel.encode`.
+        local_search: See `RQMoEModel.encode`.
 
     Returns:
         uint8 `(n, bytes_per_vector)`, or `(bytes_per_vector,)` for one embedding.
@@ -46,7 +48,9 @@ def quantize_embeddings(
     ```
     """
     vectors = _as_array(embeddings)
-    codes = quantizer.compress(np.atleast_2d(vectors), num_codebooks, num_candidates, beam_size)
+    codes = quantizer.compress(
+        np.atleast_2d(vectors), num_codebooks, num_candidates, beam_size, local_search=local_search
+    )
     return codes[0] if vectors.ndim == 1 else codes
 
 

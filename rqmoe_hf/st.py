@@ -37,7 +37,7 @@ class RQMoEQuantizer(Module):
 
     - quantize: "reconstruction" (float32 `(n, hidden_size)`, the default), "codes" (packed uint8
       `(n, bytes_per_vector)`) or "none" (the embeddings as they are). Given explicitly it holds for queries too.
-    - num_codebooks, num_candidates, beam_size: see `RQMoEModel.encode`.
+    - num_codebooks, num_candidates, beam_size, local_search: see `RQMoEModel.encode`.
 
     `encode(..., truncate_dim=...)` cuts what comes out: dimensions of reconstructions, but bytes of codes. For fewer
     bytes that decode give `num_codebooks`.
@@ -61,7 +61,7 @@ class RQMoEQuantizer(Module):
 
     config_file_name = "quantizer_config.json"  # config.json is that of the RQMoEModel, whose checkpoint the folder is
     config_keys = ["asymmetric", "normalize", "num_codebooks"]
-    forward_kwargs = {"task", "quantize", "num_codebooks", "num_candidates", "beam_size"}
+    forward_kwargs = {"task", "quantize", "num_codebooks", "num_candidates", "beam_size", "local_search"}
 
     def __init__(
         self,
@@ -98,6 +98,7 @@ class RQMoEQuantizer(Module):
         num_codebooks: int | None = None,
         num_candidates: int | None = None,
         beam_size: int | None = None,
+        local_search: int | None = None,
     ) -> dict[str, Any]:
         """Replaces `features["sentence_embedding"]`, `(n, hidden_size)`, by what `quantize` names."""
         if quantize is not None and quantize not in OUTPUTS:
@@ -118,6 +119,7 @@ class RQMoEQuantizer(Module):
             vectors,
             num_candidates=num_candidates,
             beam_size=beam_size,
+            local_search=local_search,
             num_codebooks=self.num_codebooks if num_codebooks is None else num_codebooks,
         )
         if quantize == "codes":

@@ -69,7 +69,7 @@ def test_queries_stay_exact_unless_asked(plain, combined, quantizer):
 
 def test_search_settings_pass_through(plain, combined, quantizer, tmp_path):
     exact = plain.encode(TEXTS)
-    settings = {"num_codebooks": 6, "num_candidates": 3, "beam_size": 2}
+    settings = {"num_codebooks": 6, "num_candidates": 3, "beam_size": 2, "local_search": 2}
     codes = combined.encode(TEXTS, quantize="codes", **settings)
     np.testing.assert_array_equal(codes, quantizer.compress(exact, **settings))
     assert codes.shape[1] == 8

@@ -9,6 +9,7 @@ from .options import (
     BeamSize,
     Column,
     DType,
+    LocalSearch,
     NumCandidates,
     NumCodebooks,
     Output,
@@ -27,6 +28,7 @@ def compress(
     num_codebooks: NumCodebooks = None,
     num_candidates: NumCandidates = None,
     beam_size: BeamSize = None,
+    local_search: LocalSearch = None,
     dtype: DType = "float32",
     shard_size: Annotated[int, typer.Option(help="Vectors per output file.")] = 65_536,
     revision: Revision = None,
@@ -36,7 +38,7 @@ def compress(
     from ..data import compress_shards
 
     quantizer = load_quantizer(model, dtype, revision)
-    search = (num_codebooks, num_candidates, beam_size)
+    search = (num_codebooks, num_candidates, beam_size, local_search)
     files = compress_shards(embeddings, output, quantizer, column, split, *search, shard_size)
     print(f"Wrote {len(files)} files to {output}.")
 

@@ -12,6 +12,7 @@ from .options import (
     BeamSize,
     Column,
     DType,
+    LocalSearch,
     NumCandidates,
     Quantizer,
     Revision,
@@ -36,6 +37,7 @@ def evaluate(
     prefixes: Annotated[bool, typer.Option(help="Report every prefix of the codes, not only the whole.")] = False,
     num_candidates: NumCandidates = None,
     beam_size: BeamSize = None,
+    local_search: LocalSearch = None,
     dtype: DType = "float32",
     revision: Revision = None,
     save: Annotated[bool, typer.Option(help="Make this the evaluation beside the quantizer, for its card.")] = False,
@@ -62,7 +64,7 @@ def evaluate(
         return _save(quantizer, vectors, model, texts or source or embeddings)
     asked = None if queries is None else sample_array(load_embeddings(queries, column, split), 100_000, seed=0)
     steps = list(range(1, quantizer.config.num_codebooks + 1)) if prefixes else None
-    reports = measure(quantizer, vectors, asked, steps, num_candidates, beam_size)
+    reports = measure(quantizer, vectors, asked, steps, num_candidates, beam_size, local_search)
     print(f"{len(vectors):,} embeddings of {vectors.shape[1]} dimensions, quantizer {model}")
     print("bytes     MSE  cosine    R@1   R@10  recall@10  entropy (bits)")
     for report in reports:

@@ -19,5 +19,8 @@ NumCandidates = Annotated[
     int | None, typer.Option(help="Codewords evaluated exactly per step. More is slower and slightly better.")
 ]
 BeamSize = Annotated[int | None, typer.Option(help="Partial codes kept. More is slower and better.")]
+LocalSearch = Annotated[
+    int | None, typer.Option(help="Rounds that improve the codes afterwards. More is slower and better.")
+]
 EMBEDDINGS_HELP = "Embeddings: .parquet, .arrow, .npy, .fvecs or .bvecs file, folder of parquet, or Hub id."
 TEXTS_HELP = "Texts: .txt (one per line), .parquet, .jsonl or .csv file, folder of parquet, or Hub id."

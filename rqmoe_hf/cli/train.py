@@ -66,7 +66,7 @@ def train(
     codebook_sizes: Annotated[
         str | None, typer.Option(help="Sizes where they differ, as 1024x6,16 (64 bits). Replaces the two above.")
     ] = None,
-    size: Annotated[
+    bytes_per_vector: Annotated[
         int | None, typer.Option("--bytes", help="Bytes per vector: chooses codebooks of 1,024 that use every bit.")
     ] = None,
     num_experts: Annotated[int, typer.Option(help="Experts per step.")] = 2,
@@ -118,7 +118,7 @@ def train(
     else:
         held_out = load_embeddings(evaluation, column, split)
         held_out = held_out.select(range(min(evaluation_size, len(held_out))))
-    sizes = parse_sizes(codebook_sizes) if size is None else sizes_for_bytes(size)
+    sizes = parse_sizes(codebook_sizes) if bytes_per_vector is None else sizes_for_bytes(bytes_per_vector)
     if sizes is not None:
         num_codebooks, codebook_size = len(sizes), max(sizes)
     if additive:

@@ -91,6 +91,7 @@ def compress_shards(
     num_codebooks: int | None = None,
     num_candidates: int | None = None,
     beam_size: int | None = None,
+    local_search: int | None = None,
     shard_size: int = 65_536,
 ) -> list[Path]:
     """Compresses embeddings to parquet shards with the column `codes` (and `id` if the source has one).
@@ -107,6 +108,7 @@ def compress_shards(
         num_codebooks: See `RQMoEModel.compress`.
         num_candidates: See `RQMoEModel.compress`.
         beam_size: See `RQMoEModel.compress`.
+        local_search: See `RQMoEModel.compress`.
         shard_size: Vectors per file.
 
     Returns:
@@ -119,6 +121,8 @@ def compress_shards(
     ids = table.select_columns(["id"]) if table is not None and "id" in table.column_names else None
     steps = model.config.num_codebooks if num_codebooks is None else num_codebooks
     search: dict = {"num_codebooks": steps, "num_candidates": num_candidates, "beam_size": beam_size}
+    if local_search is not None:  # not among the settings of jobs that were begun without it
+        search["local_search"] = local_search
     info = {
         "model": model.name_or_path,
         "revision": model.commit_hash,

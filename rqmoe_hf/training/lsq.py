@@ -29,7 +29,7 @@ def train_lsq(
     vectors: np.ndarray,
     sizes: Sequence[int],
     rounds: int = 25,
-    final_rounds: int = 3,
+    final_rounds: int = 6,
     search_rounds: int = 3,
     sample_size: int = 65_536,
     seed: int = 0,
