@@ -71,14 +71,23 @@ data/sift-128/manifest.json: | .venv/installed
 data/fashion-mnist-784/manifest.json: | .venv/installed
 	$(BIN)/python benchmarks/sets/fashion_mnist.py --output $(@D)
 
-# Every part continues where it was stopped.
-benchmark: minilm-384
+# Hours: all methods on all sets. Every part continues where it was stopped; cells that are in the results are not repeated.
+BUNDLED := minilm-384:6 minilm-384 minilm-384-8-bytes minilm-384-16-bytes
+ADDITIVE := "ours, additive x8" "ours, additive x9" "ours, additive x10"
+TEXTS = --tasks --encoder "$(ENCODER)"
+benchmark: benchmark-sets
 	$(BIN)/python benchmarks/engine.py
-	$(BIN)/python benchmarks/quality.py --again
 	$(BIN)/rqmoe train --recipe recipes/minilm-384-32-bytes.yaml --output runs/minilm-384-32-bytes
-	$(BIN)/python benchmarks/tasks.py --encoder "$(ENCODER)" --quantizers minilm-384:6 minilm-384:12 runs/minilm-384-32-bytes:25
+	$(BIN)/python benchmarks/quality.py --set minilm-384 --methods --ours $(BUNDLED) runs/minilm-384-32-bytes --share $(TEXTS)
+	$(BIN)/python benchmarks/quality.py --set minilm-384 $(TEXTS)
+	$(BIN)/python benchmarks/quality.py --set minilm-384 --methods $(ADDITIVE) $(TEXTS)
+	for set in wordllama-256 sift-128 fashion-mnist-784 mpnet-768; do \
+	  $(BIN)/python benchmarks/quality.py --set $$set && \
+	  $(BIN)/python benchmarks/quality.py --set $$set --methods $(ADDITIVE) || exit 1; done
+	$(BIN)/python benchmarks/levers.py
 	$(BIN)/python benchmarks/module.py --encoder "$(ENCODER)"
 	$(BIN)/python benchmarks/fit.py --encoder "$(ENCODER)"
+	$(BIN)/python benchmarks/plots.py
 	$(MAKE) tables
 
 tables: .venv/installed

@@ -109,7 +109,9 @@ def ranking(truth: np.ndarray, found: np.ndarray) -> dict[str, float]:
     }
 
 
-def measure(quantizer: Quantizer, train: np.ndarray, data: EmbeddingSet, truth: np.ndarray) -> dict:
+def measure(
+    quantizer: Quantizer, train: np.ndarray, data: EmbeddingSet, truth: np.ndarray, share: bool = False
+) -> dict:
     """Trains, encodes and decodes; times each and compares with the truth, `(n_queries, 100)`."""
     started = time.perf_counter()
     quantizer.train(train)
@@ -138,7 +140,7 @@ def measure(quantizer: Quantizer, train: np.ndarray, data: EmbeddingSet, truth: 
         row["recall_10_at_10_renormalised"] = recalls(truth, nearest_neighbors(data.queries, renormalised, 10))[2]
     if isinstance(quantizer, Searcher):
         row["recall_10_at_10_own_search"] = recalls(truth, quantizer.search(data.queries, codes, 10))[2]
-    if isinstance(quantizer, Ours):
+    if share and isinstance(quantizer, Ours):
         row |= quantizer.experts_share(data.train, data.database, codes) or {}
     if isinstance(quantizer, FamilyMember):
         row["epochs"] = round(quantizer.epochs, 2)
@@ -163,7 +165,9 @@ def run(cells: list[Cell], data: EmbeddingSet, arguments: argparse.Namespace) ->
             if quantizer is None or (known and not arguments.again and (tasks is None or "tasks" in known)):
                 continue
             print(f"[{number}/{len(cells)}] {label}", flush=True)
-            row = identity | measure(quantizer, data.train[: identity["training_vectors"]], data, truth)
+            row = identity | measure(
+                quantizer, data.train[: identity["training_vectors"]], data, truth, arguments.share
+            )
             if tasks is not None:
                 row["tasks"] = text_tasks.measure(quantizer, tasks)
         except Exception:  # hours of other cells must not be lost
@@ -200,6 +204,7 @@ def main() -> None:
     parser.add_argument("--ours", nargs="*", default=[], metavar="NAME[:CODES]", help="trained quantizers")
     parser.add_argument("--limit", type=int, help="use only the first so many training vectors")
     parser.add_argument("--minutes", type=float, default=60.0, help="training time of qinco and official")
+    parser.add_argument("--share", action="store_true", help="also what experts of ours earn over the best tables")
     parser.add_argument("--tasks", action="store_true", help="also measure similarity and retrieval of texts")
     parser.add_argument("--encoder", help="folder or Hub id of the set's encoder, for --tasks")
     parser.add_argument("--again", action="store_true", help="measure what is in the results file too")

@@ -210,6 +210,20 @@ def bundled() -> str:
     return "\n".join(lines)
 
 
+def levers() -> str:
+    """What annealing, codebook size and local search give."""
+    settings = environment.load("levers-wordllama-256").get("settings", {})
+    rounds = list(next(iter(settings.values()))["searches"]) if settings else []
+    lines = [
+        f"| codebooks | {' | '.join(rounds)} | error of the training vectors | training |",
+        f"| --- |{' ---: |' * (len(rounds) + 2)}",
+    ]
+    for name, row in settings.items():
+        errors = " | ".join(f"{row['searches'][number]['mse']:.4f}" for number in rounds)
+        lines.append(f"| {name.split(' | ')[0]} | {errors} | {row['train_mse']:.4f} | {row['train_seconds']:.0f} s |")
+    return "\n".join(lines)
+
+
 def machine() -> str:
     """One line on where and when the figures were measured."""
     where = environment.load("quality-minilm-384")["environment"]
@@ -220,7 +234,9 @@ def machine() -> str:
     )
 
 
-TABLES = {table.__name__: table for table in (summary, quality, engine, qinco, tasks, module, fit, bundled, machine)}
+TABLES = {
+    table.__name__: table for table in (summary, quality, engine, qinco, tasks, module, fit, bundled, levers, machine)
+}
 
 
 def fill(text: str) -> str:
@@ -237,7 +253,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    wanted = {ROOT / "README.md": fill((ROOT / "README.md").read_text("utf-8"))}
+    documents = (ROOT / "README.md", ROOT / "benchmarks" / "LEVERS.md")
+    wanted = {file: fill(file.read_text("utf-8")) for file in documents}
     for name, folder in bundled_quantizers().items():
         text = refresh_record(name, folder / RECORD_FILE)
         record, model = EvaluationRecord.from_json(text), load_quantizer(name)

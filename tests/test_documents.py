@@ -12,6 +12,7 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("model_cards/*/README.md"))]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SNIPPET = re.compile(r"```python\n(.*?)```", flags=re.DOTALL)
 
 
@@ -47,9 +48,22 @@ def test_tables_are_those_of_the_results_files():
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("notebook", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda file: file.stem)
 def test_notebooks_run(notebook, tmp_path, hub, monkeypatch):
     for name, value in hub.environment(tmp_path / "home").items():  # the kernel is a process of its own
         monkeypatch.setenv(name, value)
     content = nbformat.read(notebook, as_version=4)
     NotebookClient(content, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda file: file.stem)
+def test_notebooks_are_stored_with_their_outputs(notebook):
+    cells = [cell for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    kinds = [output.output_type for cell in cells for output in cell.outputs]
+    assert "error" not in kinds and "display_data" in kinds
+    outputs = [{**output, "data": {**output.get("data", {}), "image/png": ""}} for c in cells for output in c.outputs]
+    assert not re.search(
+        r"(?<![\w.])/(root|tmp|home|work|usr|Users)/|127\.0\.0\.1|File \"|python3\.\d+/", str(outputs)
+    )
+    assert all(f"notebooks/{file.name}" in (ROOT / "README.md").read_text("utf-8") for file in NOTEBOOKS)

@@ -144,4 +144,5 @@ def test_training_continues_where_it_was_stopped(clustered, tmp_path, monkeypatc
     resumed = train_lsq(clustered, [16, 16, 4], **settings, checkpoint=tmp_path / "lsq.npz")[0]
     for again, codebook in zip(resumed, whole, strict=True):
         np.testing.assert_array_equal(again, codebook)
-    assert not list(tmp_path.iterdir())
+    other = train_lsq(clustered, [16, 16, 4], **settings | {"seed": 1}, checkpoint=tmp_path / "lsq.npz")[0]
+    assert not np.array_equal(other[0], whole[0])  # the file of another run is not continued

@@ -46,7 +46,8 @@ def train_lsq(
         search_rounds: Rounds of local search for each vector in each of them.
         sample_size: Vectors for the annealing. Large codebooks take more, 16 for each of their codewords.
         seed: Of the sample, the first codes and the perturbations.
-        checkpoint: File that is written after each round and continued from; deleted at the end.
+        checkpoint: File that is written after each round and continued from, if it is of the same run. The caller
+            deletes it when the result is safe.
         show_progress_bar: Whether to show one.
 
     Returns:
@@ -55,7 +56,8 @@ def train_lsq(
     sizes = list(sizes)
     count = max(sample_size, VECTORS_PER_CODEWORD * max(sizes))
     sample = vectors[np.sort(np.random.default_rng(seed).permutation(len(vectors))[:count])]
-    done, codes, codewords = _restart(checkpoint, sizes, sample, seed)
+    run = [len(vectors), rounds, final_rounds, search_rounds, len(sample), seed, *sizes]
+    done, codes, codewords = _restart(checkpoint, run, sizes, sample)
     bar = tqdm(total=rounds + final_rounds, initial=done, desc="LSQ", unit="round", disable=not show_progress_bar)
     for number in range(done, rounds + final_rounds):
         data = sample if number < rounds else vectors
@@ -66,13 +68,11 @@ def train_lsq(
             codes = _greedy_codes(data, _split(codewords, sizes))
         perturbed = _perturb(codewords, sample, _temperature(number, rounds, len(sizes)), [seed, number])
         codes, error = _improve(codes, data, _split(perturbed, sizes), search_rounds, number)
-        _keep(checkpoint, number + 1, codes, codewords)
+        _keep(checkpoint, run, number + 1, codes, codewords)
         bar.set_postfix(error=f"{error:.4g}")
         bar.update()
     bar.close()
     codewords = _fit(codes, vectors if final_rounds else sample, codewords, sizes)
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
     return [part.numpy() for part in _split(codewords, sizes)], codes
 
 
@@ -81,24 +81,23 @@ def _split(codewords: np.ndarray, sizes: list[int]) -> list[torch.Tensor]:
 
 
 def _restart(
-    checkpoint: Path | None, sizes: list[int], sample: np.ndarray, seed: int
+    checkpoint: Path | None, run: list[int], sizes: list[int], sample: np.ndarray
 ) -> tuple[int, np.ndarray, np.ndarray]:
     """Rounds done, codes and codewords: those of the checkpoint, or random codes."""
-    shape = (sum(sizes), sample.shape[1])
     if checkpoint is not None and checkpoint.is_file():
         with np.load(checkpoint, allow_pickle=False) as saved:
-            if saved["codewords"].shape == shape:
+            if saved["run"].tolist() == run:
                 return int(saved["done"]), saved["codes"].astype(np.int64), saved["codewords"]
-    codes = np.random.default_rng(seed).integers(sizes, size=(len(sample), len(sizes)))
-    return 0, codes, np.zeros(shape, np.float32)
+    codes = np.random.default_rng(run[5]).integers(sizes, size=(len(sample), len(sizes)))
+    return 0, codes, np.zeros((sum(sizes), sample.shape[1]), np.float32)
 
 
-def _keep(checkpoint: Path | None, done: int, codes: np.ndarray, codewords: np.ndarray) -> None:
+def _keep(checkpoint: Path | None, run: list[int], done: int, codes: np.ndarray, codewords: np.ndarray) -> None:
     if checkpoint is None:
         return
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     scratch = checkpoint.with_suffix(".tmp.npz")
-    np.savez(scratch, done=done, codes=codes.astype(np.uint16), codewords=codewords)
+    np.savez(scratch, run=run, done=done, codes=codes.astype(np.uint16), codewords=codewords)
     os.replace(scratch, checkpoint)
 
 

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 STATISTICS_ROWS = 200_000  # mean and scale of a larger set are those of a sample
 LSQ_ROWS = 1_000_000  # vectors that LSQ is trained on, at most: all are kept in memory
 LOCAL_SEARCH = 16  # rounds with which codebooks of LSQ are used
+LSQ_FILE = "lsq.npz"  # beside the checkpoints: LSQ half done
 ADDITIVE_FOLDER = "additive"  # beside the checkpoints: what training started from
 
 
@@ -75,7 +76,7 @@ def train_quantizer(
     if checkpoint is None and not quantizer.is_initialized and args.process_index == 0:
         rows = max(LSQ_ROWS if init_method == "lsq" else STATISTICS_ROWS, init_sample_size)
         sample = sample_array(train_dataset, rows, args.seed)
-        settings = (init_method, init_sample_size, init_beam_size, args.seed, Path(args.output_dir) / "lsq.npz")
+        settings = (init_method, init_sample_size, init_beam_size, args.seed, Path(args.output_dir) / LSQ_FILE)
         initialize(quantizer, sample, *settings)
         del sample
         if quantizer.config.has_experts:
@@ -104,6 +105,7 @@ def train_quantizer(
         }
         save_whole(quantizer, output, files, half_size)  # first: nothing that is measured may cost the weights
         write_text(output / RECORD_FILE, measure(quantizer, vectors).to_json())
+        (Path(args.output_dir) / LSQ_FILE).unlink(missing_ok=True)
     trainer.accelerator.wait_for_everyone()
     quantizer.name_or_path = str(output)  # where push_to_hub finds evaluation and notes
     return quantizer
