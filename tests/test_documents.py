@@ -60,10 +60,9 @@ def test_notebooks_run(notebook, tmp_path, hub, monkeypatch):
 def test_notebooks_are_stored_with_their_outputs(notebook):
     cells = [cell for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-    kinds = [output.output_type for cell in cells for output in cell.outputs]
-    assert "error" not in kinds and "display_data" in kinds
-    outputs = [{**output, "data": {**output.get("data", {}), "image/png": ""}} for c in cells for output in c.outputs]
-    assert not re.search(
-        r"(?<![\w.])/(root|tmp|home|work|usr|Users)/|127\.0\.0\.1|File \"|python3\.\d+/", str(outputs)
-    )
-    assert all(f"notebooks/{file.name}" in (ROOT / "README.md").read_text("utf-8") for file in NOTEBOOKS)
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert "display_data" in {output.output_type for output in outputs}  # the plots
+    assert "error" not in {output.output_type for output in outputs}
+    texts = [output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs]
+    assert not re.search(r"(?<![\w.])/(root|tmp|home|work|usr|Users)/|127\.0\.0\.1|python3\.\d+/", "\n".join(texts))
+    assert f"(notebooks/{notebook.name})" in (ROOT / "README.md").read_text("utf-8")

@@ -29,7 +29,7 @@ def array_checksum(arrays: Iterable[np.ndarray]) -> str:
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(repr(array.shape).encode())
-        digest.update(np.ascontiguousarray(array, np.float32).data.cast("B"))
+        digest.update(np.ascontiguousarray(array, np.float32).reshape(-1).view(np.uint8))
     return digest.hexdigest()
 
 
