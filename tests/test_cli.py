@@ -64,7 +64,7 @@ def test_train_evaluate_compress_decompress_info(clustered, tmp_path):
     assert rqmoe("compress", str(tmp_path / "test.npy"), "-o", codes, "--model", model).returncode == 0
     assert rqmoe("decompress", codes, "-o", restored, "--model", model).returncode == 0
     shown = rqmoe("info", model)
-    assert "3 x 4 bits (16 codewords)" in shown.stdout
+    assert "3 x 16 codewords, 12 bits" in shown.stdout
     assert model in rqmoe("info", codes).stdout
 
     tuned = rqmoe(

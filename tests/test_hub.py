@@ -230,7 +230,7 @@ def test_the_command_line_shares_and_describes(hub, client, small):
     assert f"Pushed: {hub.url}/org/from-cli/commit/" in said
     assert list(hub.repositories["model", "org/from-cli"].messages.values())[-1] == "First"
     shown = client(command.format(["rqmoe", "info", "org/from-cli"])).stdout
-    assert "3 x 4 bits (16 codewords)" in shown and "among 1,800 vectors" in shown
+    assert "3 x 16 codewords, 12 bits" in shown and "among 1,800 vectors" in shown
     missing = client(command.format(["rqmoe", "info", "org/nothing-here"]), check=False)
     assert missing.returncode == 1 and "org/nothing-here" in missing.stderr and "Traceback" not in missing.stderr
 
