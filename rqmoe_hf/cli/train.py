@@ -81,6 +81,7 @@ def train(
     init: Annotated[Start, typer.Option(help="rq, or lsq (better and slower; not for huge codebooks).")] = Start.rq,
     init_sample_size: Annotated[int, typer.Option(help="Vectors that the start is computed from.")] = 65_536,
     init_beam_size: Annotated[int, typer.Option(help="Beam of the rq start.")] = 5,
+    init_rounds: Annotated[int, typer.Option(help="Rounds of the lsq start. More are slower and better.")] = 25,
     epochs: Annotated[float, typer.Option(help="Passes over the embeddings.")] = 5.0,
     batch_size: Annotated[int, typer.Option(help="Vectors per step and process.")] = 1024,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
@@ -160,7 +161,16 @@ def train(
         seed=seed,
     )
     train_quantizer(
-        model, dataset, held_out, args, init.value, init_sample_size, init_beam_size, half_size, description
+        model,
+        dataset,
+        held_out,
+        args,
+        init.value,
+        init_sample_size,
+        init_beam_size,
+        init_rounds,
+        half_size,
+        description,
     )
     if args.process_index == 0:
         write_card(output)

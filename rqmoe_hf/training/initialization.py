@@ -25,6 +25,7 @@ def initialize(
     beam_size: int = 5,
     seed: int = 0,
     checkpoint: Path | None = None,
+    rounds: int = 25,
 ) -> RQMoEModel:
     """Initialises a model from data, in place.
 
@@ -42,6 +43,7 @@ def initialize(
         beam_size: Beam of the residual quantizer in its training.
         seed: For the sample and the training.
         checkpoint: File that LSQ keeps its state in while it runs, and continues from.
+        rounds: Rounds of LSQ's annealing. More are slower and better.
 
     Returns:
         The model.
@@ -66,7 +68,9 @@ def initialize(
         sizes = sizes_of(config.num_codebooks, config.code_sizes)
         _check_lsq(sizes)
         standardised = ((embeddings - mean.astype(np.float32)) / np.float32(np.sqrt(variance))).astype(np.float32)
-        found, codes = train_lsq(standardised, sizes, sample_size=sample_size, seed=seed, checkpoint=checkpoint)
+        found, codes = train_lsq(
+            standardised, sizes, rounds, sample_size=sample_size, seed=seed, checkpoint=checkpoint
+        )
         codebooks = _pad(sort_by_energy(found, codes)[0], config.codebook_size)
     else:
         rows = np.random.default_rng(seed).permutation(len(embeddings))[:sample_size]

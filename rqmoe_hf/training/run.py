@@ -38,6 +38,7 @@ def train_quantizer(
     init_method: Literal["rq", "lsq"] = "rq",
     init_sample_size: int = 65_536,
     init_beam_size: int = 5,
+    init_rounds: int = 25,
     half_size: bool = False,
     description: str | None = None,
 ) -> RQMoEModel:
@@ -54,6 +55,7 @@ def train_quantizer(
         init_method: See [`initialize`].
         init_sample_size: See [`initialize`].
         init_beam_size: See [`initialize`].
+        init_rounds: See [`initialize`], `rounds`.
         half_size: Round the final weights to bfloat16 values and store them in half the bytes.
         description: What the texts are, in words, for the card.
 
@@ -76,8 +78,8 @@ def train_quantizer(
     if checkpoint is None and not quantizer.is_initialized and args.process_index == 0:
         rows = max(LSQ_ROWS if init_method == "lsq" else STATISTICS_ROWS, init_sample_size)
         sample = sample_array(train_dataset, rows, args.seed)
-        settings = (init_method, init_sample_size, init_beam_size, args.seed, Path(args.output_dir) / LSQ_FILE)
-        initialize(quantizer, sample, *settings)
+        settings = (init_method, init_sample_size, init_beam_size, args.seed)
+        initialize(quantizer, sample, *settings, checkpoint=Path(args.output_dir) / LSQ_FILE, rounds=init_rounds)
         del sample
         if quantizer.config.has_experts:
             save_whole(additive_member(quantizer, init_method), Path(args.output_dir) / ADDITIVE_FOLDER, {}, False)
