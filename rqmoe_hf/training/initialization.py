@@ -26,6 +26,7 @@ def initialize(
     seed: int = 0,
     checkpoint: Path | None = None,
     rounds: int = 25,
+    show_progress_bar: bool = True,
 ) -> RQMoEModel:
     """Initialises a model from data, in place.
 
@@ -44,6 +45,7 @@ def initialize(
         seed: For the sample and the training.
         checkpoint: File that LSQ keeps its state in while it runs, and continues from.
         rounds: Rounds of LSQ's annealing. More are slower and better.
+        show_progress_bar: Whether LSQ shows one.
 
     Returns:
         The model.
@@ -69,7 +71,13 @@ def initialize(
         _check_lsq(sizes)
         standardised = ((embeddings - mean.astype(np.float32)) / np.float32(np.sqrt(variance))).astype(np.float32)
         found, codes = train_lsq(
-            standardised, sizes, rounds, sample_size=sample_size, seed=seed, checkpoint=checkpoint
+            standardised,
+            sizes,
+            rounds,
+            sample_size=sample_size,
+            seed=seed,
+            checkpoint=checkpoint,
+            show_progress_bar=show_progress_bar,
         )
         codebooks = _pad(sort_by_energy(found, codes)[0], config.codebook_size)
     else:

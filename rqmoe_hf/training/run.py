@@ -76,13 +76,7 @@ def train_quantizer(
     set_seed(args.seed)  # the Trainer seeds too, but the experts' random weights come before it
     quantizer = RQMoEModel(model) if isinstance(model, RQMoEConfig) else model
     if checkpoint is None and not quantizer.is_initialized and args.process_index == 0:
-        rows = max(LSQ_ROWS if init_method == "lsq" else STATISTICS_ROWS, init_sample_size)
-        sample = sample_array(train_dataset, rows, args.seed)
-        settings = (init_method, init_sample_size, init_beam_size, args.seed)
-        initialize(quantizer, sample, *settings, checkpoint=Path(args.output_dir) / LSQ_FILE, rounds=init_rounds)
-        del sample
-        if quantizer.config.has_experts:
-            save_whole(additive_member(quantizer, init_method), Path(args.output_dir) / ADDITIVE_FOLDER, {}, False)
+        _start(quantizer, train_dataset, args, init_method, init_sample_size, init_beam_size, init_rounds)
     if checkpoint is not None:
         quantizer = RQMoEModel.from_pretrained(checkpoint, dtype=torch.float32)
     share_weights(quantizer, args)
@@ -113,6 +107,24 @@ def train_quantizer(
     return quantizer
 
 
+def _start(
+    quantizer: RQMoEModel,
+    dataset: Dataset | IterableDataset,
+    args: RQMoETrainingArguments,
+    method: Literal["rq", "lsq"],
+    sample_size: int,
+    beam_size: int,
+    rounds: int,
+) -> None:
+    """Initialises a new quantizer, and keeps what it starts from beside the checkpoints if training goes on."""
+    folder = Path(str(args.output_dir))
+    sample = sample_array(dataset, max(LSQ_ROWS if method == "lsq" else STATISTICS_ROWS, sample_size), args.seed)
+    settings = (method, sample_size, beam_size, args.seed, folder / LSQ_FILE, rounds)
+    initialize(quantizer, sample, *settings, show_progress_bar=not args.disable_tqdm)
+    if quantizer.config.has_experts:
+        save_whole(additive_member(quantizer, method), folder / ADDITIVE_FOLDER, {}, False)
+
+
 def additive_member(model: RQMoEModel, init_method: str) -> RQMoEModel:
     """The additive quantizer that a new model starts from: its codebooks, without experts."""
     config = model.config
@@ -129,8 +141,10 @@ def _best_member(model: RQMoEModel, additive: Path, vectors: np.ndarray) -> RQMo
     if not additive.is_dir():
         return model
     start = RQMoEModel.from_pretrained(additive).eval().to(model.device)
-    trained, before = (evaluate(member, vectors)[0].mse for member in (model, start))
+    rounds = start.config.local_search  # both with the same search: experts should lose to codebooks only
+    trained, before = (evaluate(member, vectors, local_search=rounds)[0].mse for member in (model, start))
     if trained <= before:
+        model.config.local_search = rounds
         return model
     logger.warning(
         "The additive quantizer that training started from has the lower validation error (%.4g; with experts %.4g), "
