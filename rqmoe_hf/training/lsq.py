@@ -1,8 +1,8 @@
 """Additive codebooks optimised together: LSQ++ (Martinez et al., ECCV 2018), for many codewords and many vectors.
 
 Two steps alternate: given the codes, the codebooks are a least-squares fit; given the codebooks, the codes are
-improved by local search. By itself this stops in an optimum that is some percent worse than it need be. So the codebooks
-are perturbed before the codes are chosen, less from round to round, as in simulated annealing (their SR-D).
+improved by local search. By itself this stops in an optimum that is some percent worse than it need be. So the
+codebooks are perturbed before the codes are chosen, less from round to round, as in simulated annealing (their SR-D).
 
 Two things differ from Faiss's LSQ. The fit is regularised by what a codeword of its energy is worth, so that large
 codebooks do not learn the noise of their few vectors. And the annealing, which needs rounds but not vectors, runs on a
