@@ -40,7 +40,8 @@ def info(
             "experts": f"{config.num_experts} x {config.num_expert_layers} layers" if config.has_experts else "none",
             "conditioning": config.conditioning if config.has_experts else "none",
             "parameters": f"{sum(weight.numel() for weight in model.parameters()):,}",
-            "default search": f"{config.num_candidates} candidates, beam {config.beam_size}, {config.local_search} rounds of local search",
+            "default search": f"{config.num_candidates} candidates, beam {config.beam_size}, "
+            f"{config.local_search} rounds of local search",
             "initialised": model.is_initialized,
         }
         record = load_record(quantizer_source(name), revision)
