@@ -114,13 +114,14 @@ def solve_codewords(codes: np.ndarray, vectors: np.ndarray, sizes: Sequence[int]
     total = sum(sizes)
     if total > MAX_COLUMNS:
         raise ValueError(f"Codebooks of {list(sizes)} make {total} equations, more than {MAX_COLUMNS}.")
-    rows = codes.astype(np.int64) + _starts(sizes)
+    starts = starts_of(sizes)
+    rows = codes.astype(np.int64) + starts
     gram = torch.zeros(total, total, dtype=torch.float64)
     for step, size in enumerate(sizes):
         for other in range(step + 1):
             block = _counts_of_pairs(codes[:, step], codes[:, other], size, sizes[other])
-            here, there = (slice(start, start + width) for start, width in
-                           ((_starts(sizes)[step], size), (_starts(sizes)[other], sizes[other])))  # fmt: skip
+            here = slice(starts[step], starts[step] + size)
+            there = slice(starts[other], starts[other] + sizes[other])
             gram[here, there], gram[there, here] = block, block.T
     gram.diagonal().add_(ridge)
     factor = torch.linalg.cholesky(gram)
@@ -133,7 +134,8 @@ def solve_codewords(codes: np.ndarray, vectors: np.ndarray, sizes: Sequence[int]
     return torch.cholesky_solve(sums, factor).float().numpy()
 
 
-def _starts(sizes: Sequence[int]) -> np.ndarray:
+def starts_of(sizes: Sequence[int]) -> np.ndarray:
+    """Row at which the codewords of each step begin."""
     return np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
 
 
@@ -168,7 +170,7 @@ def improve_codewords(
         float32 `(sum of sizes, d)`.
     """
     current = torch.from_numpy(codewords).clone()
-    rows = torch.from_numpy(codes.astype(np.int64) + _starts(sizes))
+    rows = torch.from_numpy(codes.astype(np.int64) + starts_of(sizes))
     weights = torch.bincount(rows.flatten(), minlength=len(current)).float()[:, None] + ridge
     target = torch.from_numpy(vectors)
 

@@ -127,7 +127,7 @@ def local_search(
     error = (target - restored).square().sum(-1)
     if steps == 1 or not rounds:
         return codes, restored
-    scores = _scores(target, steps, pairs, batch_invariant)
+    scores = _scores(target, steps, pairs, batch_invariant) if decode is None else target  # with a decoder, per round
     for number in range(rounds):
         if decode is not None:
             scores = _scores(target - restored + _sums(best, pairs), steps, pairs, batch_invariant)

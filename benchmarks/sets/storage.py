@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from rqmoe_hf.saving import write_text
+
 MANIFEST = "manifest.json"
 CHUNK = 1 << 22  # bytes
 
@@ -43,13 +45,6 @@ def save_array(path: Path, array: np.ndarray) -> None:
     scratch = path.with_name(f".{path.name}.tmp")
     with scratch.open("wb") as file:
         np.save(file, array)
-    os.replace(scratch, path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all."""
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(text, "utf-8")
     os.replace(scratch, path)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..additive import improve_codewords, solve_codewords
+from ..additive import improve_codewords, solve_codewords, starts_of
 from ..local_search_rqmoe import build_pair_tables, local_search
 
 BATCH = 2048
@@ -119,8 +119,7 @@ def _fit(codes: np.ndarray, vectors: np.ndarray, codewords: np.ndarray, sizes: l
     It gives the posterior mean of codewords that are Gaussian with this energy, of vectors with Gaussian errors.
     """
     some = slice(0, 8 * BATCH)
-    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-    restored = codewords[codes[some] + starts].sum(axis=1)
+    restored = codewords[codes[some] + starts_of(sizes)].sum(axis=1)
     error = np.square(vectors[some] - restored).sum(axis=1).mean()
     energy = np.square(codewords).sum(axis=1).mean()
     ridge = float(np.clip(error / energy, 1e-2, 30)) if energy > 0 else 1.0

@@ -85,14 +85,14 @@ def train_quantizer(
         trainer.train(resume_from_checkpoint=checkpoint)
     else:  # least squares have found what gradients would look for
         trainer.evaluate()
-    quantizer = trainer.accelerator.unwrap_model(trainer.model)
+    trained = quantizer = trainer.accelerator.unwrap_model(trainer.model)
     if trainer.is_world_process_zero():
         vectors = as_array(eval_dataset, np.arange(min(len(eval_dataset), MAX_EVALUATION_VECTORS)))
-        quantizer = _best_member(quantizer.eval(), Path(args.output_dir) / ADDITIVE_FOLDER, vectors)
+        quantizer = _best_member(trained.eval(), Path(args.output_dir) / ADDITIVE_FOLDER, vectors)
         if half_size:
             round_weights(quantizer)
         notes = _training_notes(trainer, train_dataset, model, init_method, description)
-        if not trainer.state.global_step:  # LSQ alone: nothing of the Trainer's settings had a part in it
+        if quantizer is not trained or not trainer.state.global_step:  # the Trainer had no part in what is saved
             notes |= dict.fromkeys(("epochs", "steps", "batch_size", "learning_rate", "loss", "precision"))
             notes["seconds"] = round(time.perf_counter() - started)
         files = {
