@@ -4,7 +4,7 @@ A code's neural contribution depends on the codes before it. Its mean over many 
 can be scored by look-up tables, which is what Faiss's scanners do. They choose the few codes worth decoding.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from .modeling_rqmoe import RQMoEModel
 
 SAMPLE = 4_096
 BATCH = 1_024
+COLUMNS = 128  # dimensions that are improved at a time: each takes a number per vector
 MAX_COLUMNS = 1 << 14  # least squares: normal equations of 2 GiB in double precision
 
 
@@ -156,7 +157,8 @@ def improve_codewords(
     """Steps towards the codewords of [`solve_codewords`], for codebooks that are too large to solve for.
 
     Conjugate gradients on the normal equations, preconditioned by how often each codeword occurs. They never form the
-    equations: a step costs two passes over the vectors. From codewords that fitted similar codes a dozen is enough.
+    equations: a step costs two passes over the vectors. The dimensions do not depend on each other, so a block of them
+    is improved at a time. From codewords that fitted similar codes a dozen steps are enough.
 
     Args:
         codewords: float32 `(sum of sizes, d)`, where to start.
@@ -169,30 +171,32 @@ def improve_codewords(
     Returns:
         float32 `(sum of sizes, d)`.
     """
-    current = torch.from_numpy(codewords).clone()
     rows = torch.from_numpy(codes.astype(np.int64) + starts_of(sizes))
-    weights = torch.bincount(rows.flatten(), minlength=len(current)).float()[:, None] + ridge
-    target = torch.from_numpy(vectors)
+    counts = torch.bincount(rows.flatten(), minlength=len(codewords))
+    owners = rows.T.flatten().argsort(stable=True) % len(rows)  # the vectors that have each codeword
+    begins = counts.cumsum(0) - counts
+    weights = counts.float()[:, None] + ridge
 
-    def spread(values: Callable[[torch.Tensor, slice], torch.Tensor]) -> torch.Tensor:
-        """B^T of a function of the batch's rows."""
-        sums = torch.zeros_like(current)
-        for start in range(0, len(rows), 16 * BATCH):
-            batch = slice(start, start + 16 * BATCH)
-            made = values(rows[batch], batch)
-            for column in rows[batch].T:
-                sums.index_add_(0, column, made)
-        return sums
+    def restore(values: torch.Tensor) -> torch.Tensor:  # B values
+        return F.embedding_bag(rows, values, mode="sum")
 
-    residual = spread(lambda row, batch: target[batch] - F.embedding_bag(row, current, mode="sum")) - ridge * current
-    scaled = residual / weights
-    direction, size = scaled.clone(), (residual * scaled).sum(dim=0)
-    for _ in range(iterations):
-        image = spread(lambda row, _: F.embedding_bag(row, direction, mode="sum")) + ridge * direction  # noqa: B023
-        length = size / (direction * image).sum(dim=0).clamp(min=1e-30)
-        current += length * direction
-        residual -= length * image
+    def collect(values: torch.Tensor) -> torch.Tensor:  # B^T values
+        return F.embedding_bag(owners, values, begins, mode="sum")
+
+    improved = np.empty_like(codewords)
+    for start in range(0, codewords.shape[1], COLUMNS):
+        block = slice(start, start + COLUMNS)
+        current, target = (torch.from_numpy(array[:, block].copy()) for array in (codewords, vectors))
+        residual = collect(target - restore(current)) - ridge * current
         scaled = residual / weights
-        before, size = size, (residual * scaled).sum(dim=0)
-        direction = scaled + (size / before.clamp(min=1e-30)) * direction
-    return current.numpy()
+        direction, size = scaled.clone(), (residual * scaled).sum(dim=0)
+        for _ in range(iterations):
+            image = collect(restore(direction)) + ridge * direction
+            length = size / (direction * image).sum(dim=0).clamp(min=1e-30)
+            current += length * direction
+            residual -= length * image
+            scaled = residual / weights
+            before, size = size, (residual * scaled).sum(dim=0)
+            direction = scaled + (size / before.clamp(min=1e-30)) * direction
+        improved[:, block] = current.numpy()
+    return improved

@@ -3,7 +3,8 @@
 A beam search fixes codes from the first to the last. Here every code is chosen again, given all the others, until
 nothing changes (iterated conditional modes), from several starting points: the best codes so far with some of them
 replaced. This is the encoder of LSQ (Martinez et al., ECCV 2016 and 2018). Sums of codewords make it cheap: the error
-is a sum of one number per code and one per pair of codes, all of which are looked up.
+is a sum of one number per code and one per pair of codes, all of which are looked up. The tables are float16, for half
+the memory traffic: they propose codes, and a proposal is kept where float32 says that it is closer.
 
 With experts a code's contribution depends on the codes before it. The search then runs on an additive approximation
 that is exact at the present codes (what separates it from the decoder is taken off the target), and what it proposes
@@ -21,8 +22,11 @@ from torch.nn import functional as F
 from .decoding_rqmoe import decode_codes
 from .encoding_rqmoe import CPU_CHUNK_BYTES, DEVICE_CHUNK_BYTES, Tables
 
-MAX_PAIRS = 1 << 29  # entries of the table of pairs: 2 GiB
+MAX_PAIRS = 1 << 30  # entries of the table of pairs: 2 GiB
 SWEEPS = 2  # times every code is chosen again, per round
+PAIR_ROWS = 4096  # of the table, computed at a time
+MAX_ENERGY = 6e4  # in units, of the pairs of one code together: float16 ends at 65,504
+COLUMNS = 32  # among which the smallest energy is looked for
 
 
 @dataclass
@@ -32,8 +36,9 @@ class PairTables:
     codewords: torch.Tensor  # (T, d) float32, step after step
     sizes: list[int]  # K_m
     starts: torch.Tensor  # (M,), where each step's codewords begin
-    norms: torch.Tensor  # (T,), squared
-    products: list[torch.Tensor]  # per step, (T, K_m): 2 * codewords @ codewords of this step
+    unit: float  # of energies: squared distances times this stay far from the limits of float16
+    norms: torch.Tensor  # (T,) float32, squared, in units
+    products: list[torch.Tensor]  # per step, (T, K_m) float16: 2 * codewords @ codewords of this step, in units
 
     def step(self, number: int) -> slice:
         """Columns of a step."""
@@ -92,8 +97,17 @@ def build_pair_tables(codebooks: Sequence[torch.Tensor]) -> PairTables:
         )
     codewords = torch.cat([codebook.float() for codebook in codebooks])
     starts = torch.tensor([0, *sizes[:-1]], device=codewords.device).cumsum(0)
-    products = [2 * codewords @ part.T for part in codewords.split(sizes)]
-    return PairTables(codewords, sizes, starts, codewords.square().sum(-1), products)
+    norms = codewords.square().sum(-1)
+    large = norms.kthvalue(1 + 9 * (len(norms) - 1) // 10)[0]  # neither that of codewords far out nor of unused ones
+    unit = 1 / (len(sizes) * float(large) or 1.0)
+    products = []
+    for part in codewords.split(sizes):
+        product = torch.empty(len(codewords), len(part), dtype=torch.float16, device=codewords.device)
+        for rows in range(0, len(codewords), PAIR_ROWS):
+            energies = codewords[rows : rows + PAIR_ROWS] @ (2 * unit * part.T)
+            product[rows : rows + PAIR_ROWS] = _half(energies, MAX_ENERGY / len(sizes))
+        products.append(product)
+    return PairTables(codewords, sizes, starts, unit, unit * norms, products)
 
 
 def local_search(
@@ -147,11 +161,17 @@ def _sums(rows: torch.Tensor, pairs: PairTables) -> torch.Tensor:
 
 
 def _scores(target: torch.Tensor, steps: int, pairs: PairTables, exact: bool) -> torch.Tensor:
-    """What each codeword of `steps` steps adds to the squared error by itself: |c|^2 - 2 x.c."""
+    """What each codeword of `steps` steps adds to the squared error by itself, |c|^2 - 2 x.c, in units, float16."""
     count = sum(pairs.sizes[:steps])
     kind = torch.float64 if exact else torch.float32
-    products = target.to(kind) @ pairs.codewords[:count].to(kind).T
-    return pairs.norms[:count] - 2 * products.float()
+    scaled = (-2 * pairs.unit * target).to(kind)
+    products = torch.addmm(pairs.norms[:count].to(kind), scaled, pairs.codewords[:count].to(kind).T)
+    return _half(products, MAX_ENERGY)
+
+
+def _half(energies: torch.Tensor, limit: float) -> torch.Tensor:
+    """As float16, cut off where sums would be no numbers: only codewords and vectors far out have such energies."""
+    return energies.clamp_(-limit, limit).half()
 
 
 def _replace_some(
@@ -179,4 +199,19 @@ def _choose_again(rows: torch.Tensor, scores: torch.Tensor, order: list[int], pa
         others = torch.cat([rows[:, :step], rows[:, step + 1 :]], dim=1)
         energy = F.embedding_bag(others, pairs.products[step], mode="sum")
         energy += scores[:, pairs.step(step)]
-        rows[:, step] = energy.argmin(dim=1) + pairs.starts[step]
+        rows[:, step] = _smallest(energy) + pairs.starts[step]
+
+
+def _smallest(values: torch.Tensor) -> torch.Tensor:
+    """Index of the smallest value in each row of `(n, K)` float16.
+
+    A minimum is found many times faster than its place. So each row is folded to the minima of some columns, and the
+    place is looked for among these, and then in one column.
+    """
+    minima = values
+    while minima.shape[1] > COLUMNS and minima.shape[1] % 2 == 0:
+        minima = torch.minimum(*minima.chunk(2, dim=1))
+    column = minima.float().argmin(dim=1)
+    entries = values.unflatten(1, (-1, minima.shape[1]))
+    entries = entries.gather(2, column[:, None, None].expand(-1, entries.shape[1], 1))[..., 0]
+    return entries.float().argmin(dim=1) * minima.shape[1] + column

@@ -53,6 +53,18 @@ def test_every_member_gains_and_no_vector_loses(model, vectors):
     torch.testing.assert_close(after.reconstruction, model.decode(after.codes).reconstruction, atol=1e-4, rtol=1e-4)
 
 
+def test_vectors_and_codewords_far_out_are_no_problem(vectors):
+    model = randomize(RQMoEModel(MEMBERS["additive"]))
+    with torch.no_grad():
+        model.codebooks[1, 3] *= 1e5  # beyond float16
+    far = torch.cat([vectors * 1e6, vectors])
+    found = model.encode(far, local_search=6)
+    assert found.reconstruction.isfinite().all()
+    before = errors(model, far, model.encode(far).codes)
+    assert (errors(model, far, found.codes) <= before * (1 + 1e-5) + 1e-4).all()
+    assert (errors(model, vectors, found.codes[len(vectors) :]) < before[len(vectors) :] - 1e-4).float().mean() > 0.1
+
+
 def test_prefixes_are_searched_as_such(model, vectors):
     found = model.encode(vectors, num_codebooks=2, local_search=6)
     assert found.codes.shape == (300, 2)
@@ -74,7 +86,7 @@ def test_packed_codes_and_configuration(vectors):
     with pytest.raises(ValueError, match="local_search"):
         model.encode(vectors, local_search=-1)
     with pytest.raises(ValueError, match="local_search=0"):
-        build_pair_tables([torch.zeros(4096, 1)] * 8)
+        build_pair_tables([torch.zeros(8192, 1)] * 8)
 
 
 @pytest.fixture(scope="module")
