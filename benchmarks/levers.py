@@ -1,6 +1,7 @@
-"""What each lever of the additive quantizers gives: annealing, its rounds, the size of the codebooks, the search.
+"""What each lever of the additive quantizers gives: the size of the codebooks, annealing, its rounds, the search.
 
-    python benchmarks/levers.py --set wordllama-256 --limit 60000
+    python benchmarks/levers.py --set wordllama-256    # codebooks
+    python benchmarks/levers.py --set minilm-384       # annealing
 
 trains quantizers of 8 bytes on the same vectors, encodes held-out ones with more and more rounds of
 local search, and writes results/levers-<set>.json after each. Settings that are there already are not run again.
@@ -14,22 +15,33 @@ import environment
 import numpy as np
 import torch
 from rivals.interface import squared_error
-from sets import SETS, load
+from sets import load
 
 from rqmoe_hf import RQMoEConfig, RQMoEModel
 from rqmoe_hf.training.lsq import train_lsq
 
 SEARCHES = (0, 1, 2, 4, 8, 16, 32)  # rounds of local search
 HELD_OUT = 4_000
-# Name: codebook sizes, and settings of `train_lsq`. Those without annealing have as many rounds.
-SETTINGS: dict[str, tuple[list[int], dict]] = {
-    "8 x 256, no annealing": ([256] * 8, {"rounds": 0, "final_rounds": 31}),
-    "8 x 256": ([256] * 8, {}),
-    "8 x 256, twice the rounds": ([256] * 8, {"rounds": 50}),
-    "7 x 512 + 2": ([512] * 7 + [2], {}),
-    "6 x 1024 + 16": ([1024] * 6 + [16], {}),
-    "5 x 2048 + 512": ([2048] * 5 + [512], {}),
+Settings = dict[str, tuple[list[int], dict]]  # by name: codebook sizes, and settings of `train_lsq`
+BYTES = [256] * 8
+
+# What is tried on which set, and on how many vectors. Settings without annealing have as many rounds.
+CODEBOOKS: Settings = {
+    "8 x 256, no annealing": (BYTES, {"rounds": 0, "final_rounds": 31}),
+    "8 x 256": (BYTES, {"temperature": 1.0}),
+    "8 x 256, twice the rounds": (BYTES, {"temperature": 1.0, "rounds": 50}),
+    "7 x 512 + 2": ([512] * 7 + [2], {"temperature": 1.0}),
+    "6 x 1024 + 16": ([1024] * 6 + [16], {"temperature": 1.0}),
+    "5 x 2048 + 512": ([2048] * 5 + [512], {"temperature": 1.0}),
 }
+ANNEALING: Settings = {
+    **{f"temperature {start:g}": (BYTES, {"temperature": start}) for start in (0.6, 1.0, 1.3, 1.6, 2.0, 2.5)},
+    "temperature 1.6, 7 x 512 + 2": ([512] * 7 + [2], {"temperature": 1.6}),
+    "temperature 1.6, 6 x 1024 + 16": ([1024] * 6 + [16], {"temperature": 1.6}),
+    **{f"temperature 1.6, {rounds} rounds": (BYTES, {"temperature": 1.6, "rounds": rounds}) for rounds in (50, 100)},
+    "one round of search, 50 rounds": (BYTES, {"temperature": 1.6, "rounds": 50, "search_rounds": 1}),
+}
+LEVERS: dict[str, tuple[Settings, int]] = {"wordllama-256": (CODEBOOKS, 60_000), "minilm-384": (ANNEALING, 16_384)}
 
 
 def quantizer(sizes: list[int], codebooks: list[np.ndarray]) -> RQMoEModel:
@@ -60,22 +72,20 @@ def measure(model: RQMoEModel, vectors: np.ndarray) -> dict:
 def main() -> None:
     """Runs the settings that are missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--set", choices=list(SETS), default="wordllama-256")
+    parser.add_argument("--set", choices=list(LEVERS), default="wordllama-256")
     parser.add_argument("--root", type=Path, default=Path("data"))
-    parser.add_argument("--limit", type=int, default=60_000, help="training vectors")
-    parser.add_argument("--settings", nargs="*", default=list(SETTINGS))
     arguments = parser.parse_args()
-    data = load(arguments.set, arguments.root, arguments.limit)
+    tried, limit = LEVERS[arguments.set]
+    data = load(arguments.set, arguments.root, limit)
     mean = data.train.mean(axis=0)
     held_out = data.database[:HELD_OUT] - mean
     file = f"levers-{arguments.set}"
-    for name in arguments.settings:
+    for name, (sizes, settings) in tried.items():
         results = environment.load(file)
         rows = results.setdefault("settings", {})
         key = f"{name} | {len(data.train)} training vectors | {data.checksum}"
         if key in rows:
             continue
-        sizes, settings = SETTINGS[name]
         start = time.perf_counter()
         codebooks, codes = train_lsq(data.train - mean, sizes, **settings)
         seconds = time.perf_counter() - start

@@ -210,18 +210,23 @@ def bundled() -> str:
     return "\n".join(lines)
 
 
-def levers() -> str:
-    """What annealing, codebook size and local search give."""
-    settings = environment.load("levers-wordllama-256").get("settings", {})
+def levers(name: str = "wordllama-256") -> str:
+    """What the size of the codebooks, and local search, give."""
+    settings = environment.load(f"levers-{name}").get("settings", {})
     rounds = list(next(iter(settings.values()))["searches"]) if settings else []
     lines = [
-        f"| codebooks | {' | '.join(rounds)} | error of the training vectors | training |",
+        f"| | {' | '.join(rounds)} | error of the training vectors | training |",
         f"| --- |{' ---: |' * (len(rounds) + 2)}",
     ]
-    for name, row in settings.items():
+    for key, row in settings.items():
         errors = " | ".join(f"{row['searches'][number]['mse']:.4f}" for number in rounds)
-        lines.append(f"| {name.split(' | ')[0]} | {errors} | {row['train_mse']:.4f} | {row['train_seconds']:.0f} s |")
+        lines.append(f"| {key.split(' | ')[0]} | {errors} | {row['train_mse']:.4f} | {row['train_seconds']:.0f} s |")
     return "\n".join(lines)
+
+
+def annealing() -> str:
+    """What the temperature and the rounds of the annealing give."""
+    return levers("minilm-384")
 
 
 def machine() -> str:
@@ -235,7 +240,8 @@ def machine() -> str:
 
 
 TABLES = {
-    table.__name__: table for table in (summary, quality, engine, qinco, tasks, module, fit, bundled, levers, machine)
+    table.__name__: table
+    for table in (summary, quality, engine, qinco, tasks, module, fit, bundled, levers, annealing, machine)
 }
 
 
