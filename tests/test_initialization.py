@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from rqmoe_hf import RQMoEConfig, RQMoEModel
+from rqmoe_hf.codes import bits_per_code
 from rqmoe_hf.training import initialize
-from rqmoe_hf.training.initialization import sort_by_energy
+from rqmoe_hf.training.initialization import sort_by_energy, suitable_sizes
 
 COMMON = {"hidden_size": 16, "num_codebooks": 3, "codebook_size": 32, "intermediate_size": 8}
 CONFIGS = [
@@ -70,6 +71,18 @@ def test_sizes_that_faiss_rq_lacks(clustered):
     assert mse < 0.5 * np.square(clustered - clustered.mean(0)).sum(1).mean()
 
 
+@pytest.mark.parametrize("size", [1, 8, 16, 33])
+def test_codebooks_grow_with_the_vectors_and_use_every_bit(size):
+    numbers = [sum(suitable_sizes(size, vectors)) for vectors in (1_000, 30_000, 100_000, 1_000_000)]
+    assert numbers == sorted(numbers)
+    for vectors in (1_000, 30_000, 100_000, 1_000_000):
+        sizes = suitable_sizes(size, vectors)
+        assert sum(bits_per_code(codewords) for codewords in sizes) == 8 * size
+        assert 9 * sum(sizes) <= vectors or max(sizes) == 256
+    assert max(suitable_sizes(8, 1_000)) == 256
+    assert suitable_sizes(8, 65_536) == [1024] * 6 + [16]
+
+
 def test_bad_samples_are_refused(clustered):
     model = RQMoEModel(RQMoEConfig(**COMMON))
     with pytest.raises(ValueError, match="at least 128 vectors, got 100"):
@@ -80,7 +93,7 @@ def test_bad_samples_are_refused(clustered):
         initialize(model, clustered[:, :8])
     with pytest.raises(ValueError, match="NaN"):
         initialize(model, np.full((500, 16), np.nan, np.float32))
-    big = RQMoEModel(RQMoEConfig(hidden_size=16, num_codebooks=8, codebook_size=4096, num_experts=0))
+    big = RQMoEModel(RQMoEConfig(hidden_size=2, num_codebooks=8, codebook_size=8192, num_experts=0))
     with pytest.raises(ValueError, match="use 'rq'"):
-        initialize(big, np.random.default_rng(0).normal(size=(20_000, 16)), "lsq")
+        initialize(big, np.random.default_rng(0).normal(size=(40_000, 2)), "lsq")
     assert not model.is_initialized

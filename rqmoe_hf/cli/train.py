@@ -67,7 +67,7 @@ def train(
         str | None, typer.Option(help="Sizes where they differ, as 1024x6,16 (64 bits). Replaces the two above.")
     ] = None,
     bytes_per_vector: Annotated[
-        int | None, typer.Option("--bytes", help="Bytes per vector: chooses codebooks of 1,024 that use every bit.")
+        int | None, typer.Option("--bytes", help="Bytes per vector: chooses codebooks that suit the number of embeddings.")
     ] = None,
     num_experts: Annotated[int, typer.Option(help="Experts per step.")] = 2,
     num_expert_layers: Annotated[int, typer.Option(help="Layers per expert.")] = 1,
@@ -99,11 +99,12 @@ def train(
     On several GPUs: torchrun --nproc-per-node 8 -m rqmoe_hf train ... or accelerate launch -m rqmoe_hf train ...
     """
     from ..bundled import load_quantizer
-    from ..codes import sizes_for_bytes
+    from ..codes import describe_sizes
     from ..data import embed_texts, load_embeddings
     from ..data.sources import split_dataset
     from ..hub import write_card
     from ..training import RQMoETrainingArguments, train_quantizer
+    from ..training.initialization import suitable_sizes
     from ..training.run import LOCAL_SEARCH
 
     if (embeddings is None) == (texts is None) or (texts is not None and encoder is None):
@@ -119,7 +120,10 @@ def train(
     else:
         held_out = load_embeddings(evaluation, column, split)
         held_out = held_out.select(range(min(evaluation_size, len(held_out))))
-    sizes = parse_sizes(codebook_sizes) if bytes_per_vector is None else sizes_for_bytes(bytes_per_vector)
+    sizes = parse_sizes(codebook_sizes)
+    if bytes_per_vector is not None:
+        sizes = suitable_sizes(bytes_per_vector, len(dataset))
+        print(f"{bytes_per_vector} bytes per vector: {describe_sizes(len(sizes), sizes)} (--codebook-sizes for others)")
     if sizes is not None:
         num_codebooks, codebook_size = len(sizes), max(sizes)
     if additive:

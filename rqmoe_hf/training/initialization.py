@@ -9,12 +9,16 @@ import numpy as np
 import torch
 
 from ..additive import faiss_widths
-from ..codes import bits_per_code, sizes_of
+from ..codes import bits_per_code, sizes_for_bytes, sizes_of
 from ..local_search_rqmoe import MAX_PAIRS
 from ..modeling_rqmoe import RQMoEModel
 from .lsq import train_lsq
 
 MIN_VECTORS_PER_CODEWORD = 4
+# Per codeword of all codebooks. A codeword costs what a coefficient of least squares costs: accuracy on other vectors,
+# in proportion to codewords per vector. With fewer than nine vectors each, larger codebooks lose what they gain.
+ENOUGH_VECTORS = 9
+CODE_BITS = (8, 11)
 
 
 def initialize(
@@ -93,6 +97,27 @@ def initialize(
                 model.codebooks[:-1] @ _projection(config.hidden_size, config.condition_size, seed)
             )
     return model
+
+
+def suitable_sizes(size: int, vectors: int) -> list[int]:
+    """Sizes of the additive codebooks that suit a number of training vectors.
+
+    Large codebooks are closer to the vectors that they were trained on, and to others only if there were enough.
+
+    Args:
+        size: Bytes per vector.
+        vectors: Training vectors.
+
+    Returns:
+        The largest codebooks, of 256 to 2,048 codewords, that have nine vectors for each codeword; those of 256 if
+        none have. Every bit is used.
+    """
+    smallest, largest = CODE_BITS
+    for bits in range(largest, smallest, -1):
+        sizes = sizes_for_bytes(size, bits)
+        if ENOUGH_VECTORS * sum(sizes) <= vectors:
+            return sizes
+    return sizes_for_bytes(size, smallest)
 
 
 def _projection(size: int, target: int, seed: int) -> torch.Tensor:
