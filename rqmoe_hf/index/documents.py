@@ -1,0 +1,288 @@
+"""The database of a collection: ids, codes, texts and metadata in SQLite, the only truth about what it holds.
+
+Every vector has a row number that is never used again, so that whatever was derived from the database is brought up to
+date by the rows above the highest one it knows, and by the rows removed since.
+"""
+
+import json
+import sqlite3
+import threading
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from .filters import Filter, compile_filter
+
+Id = int | str
+SCHEMA = (
+    "CREATE TABLE state (name TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE vectors (row INTEGER PRIMARY KEY AUTOINCREMENT, id NOT NULL UNIQUE, code BLOB NOT NULL, "
+    "checksum INTEGER NOT NULL)",
+    "CREATE TABLE documents (row INTEGER PRIMARY KEY, text TEXT, metadata TEXT NOT NULL)",
+    "CREATE TABLE floats (row INTEGER PRIMARY KEY, vector BLOB NOT NULL)",
+    "CREATE TABLE removed (number INTEGER PRIMARY KEY AUTOINCREMENT, row INTEGER NOT NULL)",
+    "CREATE TABLE sources (name TEXT PRIMARY KEY, rows INTEGER NOT NULL) WITHOUT ROWID",
+)
+CHUNK = 16_384
+BOUND = 10_000  # values in one statement
+BUSY_SECONDS = 30
+MAPPED_BYTES = 1 << 30
+
+
+@dataclass
+class State:
+    """What one transaction leaves to the next.
+
+    Args:
+        version: Number of transactions so far.
+        count: Vectors in the collection.
+        next_id: The id that a vector gets that comes without one.
+        forgotten: Number of the last removal that is not on record any more.
+    """
+
+    version: int = 0
+    count: int = 0
+    next_id: int = 0
+    forgotten: int = 0
+
+
+@dataclass
+class Document:
+    """A text with its id and metadata; the text is None where only a vector was added."""
+
+    id: Id
+    text: str | None
+    metadata: dict
+
+
+@dataclass
+class Row:
+    """What is written for one vector; `floats` are the bytes of float16 values."""
+
+    id: Id
+    code: bytes
+    text: str | None = None
+    metadata: str | None = None
+    floats: bytes | None = None
+
+    @property
+    def checksum(self) -> int:
+        """CRC-32 over all of it."""
+        parts = (repr(self.id), self.text, self.metadata)
+        written = json.dumps(parts).encode() + b"\0" + self.code + b"\0" + (self.floats or b"")
+        return zlib.crc32(written)
+
+
+class Database:
+    """Reads and writes of one collection. All methods may be called from any thread.
+
+    Args:
+        file: The database; None for a temporary one, which SQLite keeps in a nameless file and its cache.
+        create: Make a new one.
+        immutable: The file lies where nothing can be written, and nobody else writes it.
+
+    Raises:
+        ValueError: If the file is no database of a collection.
+    """
+
+    def __init__(self, file: Path | None, create: bool = False, immutable: bool = False):
+        self.lock = threading.RLock()
+        self.file, self._inside = file, 0
+        if file is None:
+            uri = ""
+        else:
+            uri = f"{file.absolute().as_uri()}?{'immutable=1' if immutable else 'mode=rwc' if create else 'mode=rw'}"
+        try:
+            self._connection = sqlite3.connect(
+                uri, BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=file is not None
+            )
+            self._configure(create or file is None, immutable)
+        except sqlite3.Error as error:
+            raise ValueError(f"{file} is damaged or no database of a collection: {error}.") from error
+
+    def _configure(self, create: bool, immutable: bool) -> None:
+        run = self._connection.execute
+        run("PRAGMA trusted_schema = OFF")
+        run("PRAGMA cell_size_check = ON")
+        run(f"PRAGMA mmap_size = {MAPPED_BYTES}")
+        run("PRAGMA synchronous = FULL")
+        if create:
+            run("PRAGMA journal_mode = WAL")
+            with self.writing() as state:
+                for statement in SCHEMA:
+                    run(statement)
+                state.version = 0
+        found = {row[0] for row in run("SELECT sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite_%'")}
+        if found != set(SCHEMA):
+            raise ValueError(
+                f"{self.file} is damaged or of another version of this package: its tables are others."
+            )
+        if not create and not immutable:
+            run("PRAGMA journal_mode = WAL")
+
+    def close(self) -> None:
+        """Closes the connection; the last one to do so leaves a single file."""
+        with self.lock:
+            self._connection.close()
+
+    # --- transactions --------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def reading(self) -> Iterator[State]:
+        """What is read within belongs to one committed state."""
+        with self.lock:
+            if self._inside:
+                yield self.state()
+                return
+            with self._transaction("BEGIN"):
+                yield self.state()
+
+    @contextmanager
+    def writing(self) -> Iterator[State]:
+        """What is written within is committed together, with the state as the block leaves it, or not at all."""
+        with self.lock:
+            with self._transaction("BEGIN IMMEDIATE"):
+                state = self.state() if self._has_tables() else State()
+                yield state
+                state.version += 1
+                values = [(field.name, getattr(state, field.name)) for field in fields(State)]
+                self._connection.executemany("INSERT OR REPLACE INTO state VALUES (?, ?)", values)
+            # A log with committed pages would be a second place where damage could go unnoticed.
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    @contextmanager
+    def _transaction(self, begin: str) -> Iterator[None]:
+        if self._inside:
+            raise RuntimeError("A transaction is open already.")
+        try:
+            self._connection.execute(begin)
+            self._inside += 1
+            try:
+                yield
+                self._connection.execute("COMMIT")
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+            finally:
+                self._inside -= 1
+        except sqlite3.DatabaseError as error:
+            raise ValueError(f"{self.file or 'The temporary database'} cannot be read or written: {error}.") from error
+
+    def _has_tables(self) -> bool:
+        return self._connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'state'").fetchone() is not None
+
+    def state(self) -> State:
+        """The numbers of the last commit."""
+        return State(**dict(self._connection.execute("SELECT name, value FROM state")))
+
+    # --- rows ----------------------------------------------------------------------------------------------------
+
+    def find(self, ids: Iterable[Id]) -> dict[Id, int]:
+        """Row numbers by id; unknown ids are left out."""
+        query = "SELECT id, row FROM vectors WHERE id IN ({})"
+        return {id: row for id, row in self._many(query, ids)}
+
+    def ids_of(self, rows: Iterable[int]) -> dict[int, Id]:
+        """Ids by row number."""
+        return dict(self._many("SELECT row, id FROM vectors WHERE row IN ({})", rows))
+
+    def codes_of(self, rows: Iterable[int]) -> dict[int, bytes]:
+        """Packed codes by row number."""
+        return dict(self._many("SELECT row, code FROM vectors WHERE row IN ({})", rows))
+
+    def floats_of(self, rows: Iterable[int]) -> dict[int, bytes]:
+        """Bytes of the float16 vectors by row number; rows without are left out."""
+        return dict(self._many("SELECT row, vector FROM floats WHERE row IN ({})", rows))
+
+    def documents_of(self, rows: Iterable[int]) -> dict[int, Document]:
+        """Documents by row number."""
+        query = (
+            "SELECT row, id, text, metadata FROM vectors LEFT JOIN documents USING (row) WHERE row IN ({})"
+        )
+        return {
+            row: Document(id, text, json.loads(metadata) if metadata else {})
+            for row, id, text, metadata in self._many(query, rows)
+        }
+
+    def rows_of(self, rows: Sequence[int]) -> list[Row]:
+        """All that is known of rows, in their order."""
+        query = (
+            "SELECT row, id, code, text, metadata, vector FROM vectors LEFT JOIN documents USING (row) "
+            "LEFT JOIN floats USING (row) WHERE row IN ({})"
+        )
+        found = {row: Row(*values) for row, *values in self._many(query, rows)}
+        return [found[row] for row in rows]
+
+    def kind_of_ids(self) -> type[int] | type[str] | None:
+        """Whether ids are integers or strings; None if there are none yet."""
+        found = self._connection.execute("SELECT id FROM vectors LIMIT 1").fetchone()
+        return None if found is None else type(found[0])
+
+    def matching(self, filter: Filter | None, after: int = 0, limit: int = -1) -> np.ndarray:
+        """Row numbers of the documents that a filter holds for, int64, ascending."""
+        condition, values = ("1", []) if filter is None else compile_filter(filter)
+        source = "SELECT row FROM vectors"
+        if filter:  # a document without metadata has empty ones, for which the opposites of conditions hold
+            source = "SELECT row, coalesce(metadata, '{}') AS metadata FROM vectors LEFT JOIN documents USING (row)"
+        query = f"SELECT row FROM ({source} WHERE row > ? ORDER BY row) WHERE {condition} LIMIT ?"
+        try:
+            found = self._connection.execute(query, [after, *values, limit])
+            return np.fromiter((row for (row,) in found), np.int64)
+        except sqlite3.OperationalError as error:
+            raise ValueError(f"The filter is too large or too deep for SQLite: {error}.") from error
+
+    def batches(self, after: int = 0, size: int = CHUNK) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Row numbers, int64 `(n,)`, and codes, uint8 `(n, bytes)`, of all rows above one, in order."""
+        while True:
+            query = "SELECT row, code FROM vectors WHERE row > ? ORDER BY row LIMIT ?"
+            found = self._connection.execute(query, (after, size)).fetchall()
+            if not found:
+                return
+            rows = np.array([row for row, _ in found], np.int64)
+            yield rows, codes_array([code for _, code in found])
+            after = int(rows[-1])
+
+    def insert(self, rows: Sequence[Row]) -> None:
+        """Adds rows, inside of [`writing`]. Their ids are new."""
+        run = self._connection.execute
+        for row in rows:
+            vector = (row.id, row.code, row.checksum)
+            number = run("INSERT INTO vectors (id, code, checksum) VALUES (?, ?, ?)", vector).lastrowid
+            if row.text is not None or row.metadata is not None:
+                run("INSERT INTO documents VALUES (?, ?, ?)", (number, row.text, row.metadata or "{}"))
+            if row.floats is not None:
+                run("INSERT INTO floats VALUES (?, ?)", (number, row.floats))
+
+    def delete(self, rows: Iterable[int]) -> None:
+        """Removes rows by number, inside of [`writing`]."""
+        numbers = [(int(row),) for row in rows]
+        for statement in ("DELETE FROM vectors WHERE row = ?", "DELETE FROM documents WHERE row = ?",
+                          "DELETE FROM floats WHERE row = ?", "INSERT INTO removed (row) VALUES (?)"):  # fmt: skip
+            self._connection.executemany(statement, numbers)
+
+    def removed(self, after: int) -> tuple[np.ndarray, int]:
+        """Rows removed since the removal numbered `after`, int64, and the number of the last removal."""
+        found = self._connection.execute("SELECT number, row FROM removed WHERE number > ? ORDER BY number", (after,))
+        pairs = found.fetchall()
+        return np.array([row for _, row in pairs], np.int64), pairs[-1][0] if pairs else after
+
+    def _many(self, query: str, values: Iterable) -> Iterator[tuple]:
+        values = [value.item() if isinstance(value, np.generic) else value for value in values]
+        for start in range(0, len(values), BOUND):
+            part = values[start : start + BOUND]
+            yield from self._connection.execute(query.format(",".join("?" * len(part))), part)
+
+
+def codes_array(codes: Sequence[bytes]) -> np.ndarray:
+    """Packed codes as uint8 `(n, bytes)`.
+
+    Raises:
+        ValueError: If their lengths differ.
+    """
+    if len({len(code) for code in codes}) > 1:
+        raise ValueError("The codes in the database have different lengths: it is damaged.")
+    return np.frombuffer(b"".join(codes), np.uint8).reshape(len(codes), -1)

@@ -1,0 +1,280 @@
+"""The first stage of a search: Faiss scans packed codes by look-up tables. Nothing else here knows Faiss.
+
+A code's score is the query's inner product with a sum of table vectors, one per code (see `rqmoe_hf.additive`). What
+ranks by cosine or by distance needs the norm of that sum, too. It is one more code, of 8 bits, whose table has its
+value in two dimensions that the query fills in: the sum is then `q . x + a |x| + b |x|^2`, and Faiss scans all metrics
+in the same way. With a = -c, codes whose cosine is above c are exactly those whose score is above 0.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from ..additive import faiss_widths, improve_codewords, mean_contributions, starts_of
+from ..codes import bits_per_code, sizes_of, unpack_codes
+from ..modeling_rqmoe import RQMoEModel
+
+NORM_LEVELS = 256
+FIT_ROWS = 32_768
+POINTS_PER_LIST = 48
+ITERATIONS = 10
+RIDGE = 1.0
+EXTRA = 2  # dimensions for the norm and its square
+
+
+@dataclass
+class Tables:
+    """What codes are scored by.
+
+    Args:
+        codewords: One float32 `(2 ** bits, hidden_size)` per code; the reconstruction's mean is part of the first.
+        norms: Norm that each value of the norm's code stands for, float32 `(256,)`; None if norms are not needed.
+        centroids: float32 `(lists, hidden_size)` of the inverted lists; one for a flat scan.
+    """
+
+    codewords: list[np.ndarray]
+    norms: np.ndarray | None
+    centroids: np.ndarray
+
+
+def exact_codewords(quantizer: RQMoEModel, packed: np.ndarray, steps: int) -> list[np.ndarray]:
+    """The tables of an additive quantizer: its codebooks, whose sums are the reconstructions of any codes."""
+    codebooks = (quantizer.codebooks[:steps] * quantizer.scale).detach().float().cpu().numpy()
+    return _with_mean(codebooks, quantizer, steps)
+
+
+def fit_codewords(quantizer: RQMoEModel, packed: np.ndarray, steps: int) -> list[np.ndarray]:
+    """The tables whose sums are closest to what the codes decode to, by least squares over a sample of them.
+
+    Args:
+        quantizer: The quantizer, with experts.
+        packed: Codes, uint8 `(n, bytes)`.
+        steps: Codes per vector.
+    """
+    sizes = sizes_of(steps, quantizer.config.code_sizes)
+    codes = unpack_codes(packed, steps, sizes)
+    mean = quantizer.mean.detach().float().cpu().numpy()
+    start = mean_contributions(quantizer, codes)
+    rows = np.concatenate([table[:size] for table, size in zip(start, sizes, strict=True)])
+    target = quantizer.decompress(packed, steps, show_progress_bar=False) - mean
+    # The ridge draws towards the mean contributions, which are what rare codewords keep.
+    offset = sum(rows[codes[:, step] + first] for step, first in enumerate(starts_of(sizes)))
+    rows += improve_codewords(np.zeros_like(rows), codes, target - offset, sizes, RIDGE)
+    padded = np.zeros((steps, max(sizes), rows.shape[1]), np.float32)
+    for step, first in enumerate(starts_of(sizes)):
+        padded[step, : sizes[step]] = rows[first : first + sizes[step]]
+    return _with_mean(padded, quantizer, steps)
+
+
+def _with_mean(codebooks: np.ndarray, quantizer: RQMoEModel, steps: int) -> list[np.ndarray]:
+    """One table per code, padded to a power of two with rows that no code names."""
+    tables = []
+    for step, size in enumerate(sizes_of(steps, quantizer.config.code_sizes)):
+        table = np.zeros((1 << bits_per_code(size), codebooks.shape[2]), np.float32)
+        table[:size] = codebooks[step, :size]
+        tables.append(table)
+    tables[0] += quantizer.mean.detach().float().cpu().numpy()
+    return tables
+
+
+class Scanner:
+    """Codes in inverted lists, by row number.
+
+    Args:
+        tables: What they are scored by.
+        code_bytes: Bytes of a packed code.
+        metric: "cosine", "inner_product" or "l2", of the sums of the tables.
+    """
+
+    def __init__(self, tables: Tables, code_bytes: int, metric: str):
+        import faiss
+
+        self.tables, self.metric, self.code_bytes = tables, metric, code_bytes
+        self.size = tables.codewords[0].shape[1]
+        bits = [len(table).bit_length() - 1 for table in tables.codewords]
+        parts = [np.pad(table, ((0, 0), (0, EXTRA))) for table in tables.codewords]
+        unused = 8 * code_bytes - sum(bits)
+        if tables.norms is not None:
+            if unused:  # the norm's code begins at a whole byte
+                bits.append(unused)
+                parts.append(np.zeros((1 << unused, self.size + EXTRA), np.float32))
+            bits.append(8)
+            parts.append(np.zeros((NORM_LEVELS, self.size + EXTRA), np.float32))
+            parts[-1][:, -2], parts[-1][:, -1] = tables.norms, tables.norms**2
+        lists = np.pad(tables.centroids, ((0, 0), (0, EXTRA)))
+        self._coarse = faiss.IndexFlat(
+            self.size + EXTRA, faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
+        )
+        self._coarse.add(np.ascontiguousarray(lists))
+        self._codebooks = np.ascontiguousarray(np.concatenate(parts))
+        self._widths = faiss_widths(bits)
+        inner, nonorm = faiss.METRIC_INNER_PRODUCT, faiss.AdditiveQuantizer.ST_LUT_nonorm
+        index = faiss.IndexIVFResidualQuantizer(
+            self._coarse, self.size + EXTRA, len(lists), self._widths, inner, nonorm
+        )
+        index.by_residual = False
+        self._index = self._ready(index)
+        self._mapped: Any = None  # a memory map that the lists point into
+
+    def _ready(self, index):
+        import faiss
+
+        faiss.copy_array_to_vector(self._codebooks.reshape(-1), index.rq.codebooks)
+        index.rq.is_trained = index.is_trained = True
+        return index
+
+    def __len__(self) -> int:
+        return self._index.ntotal
+
+    @property
+    def lists(self) -> int:
+        """Inverted lists; 1 is a flat scan."""
+        return self._index.nlist
+
+    @property
+    def bytes_per_vector(self) -> int:
+        """Bytes in memory for each vector: its code, the code of its norm and its row number."""
+        return self._index.code_size + 8
+
+    def sums(self, codes: np.ndarray) -> np.ndarray:
+        """What the tables restore of packed codes, float32 `(n, hidden_size)`."""
+        extended = np.zeros((len(codes), self._index.code_size), np.uint8)
+        extended[:, : self.code_bytes] = codes
+        return self._index.rq.decode(extended)[:, : self.size]
+
+    def add(self, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Adds rows, int64 `(n,)`, and their packed codes, uint8 `(n, bytes)`, batch by batch."""
+        self._own()
+        made = [(rows, *self._extended(codes)) for rows, codes in batches]
+        if not made:
+            return
+        rows, codes, lists = (np.concatenate(parts) for parts in zip(*made, strict=True))
+        del made
+        order = np.argsort(lists, kind="stable")
+        ends = np.searchsorted(lists[order], np.arange(self.lists + 1))
+        for number, (start, stop) in enumerate(pairwise(ends)):
+            if stop > start:
+                self._append(number, rows[order[start:stop]], codes[order[start:stop]])
+        self._index.ntotal += len(rows)
+
+    def _append(self, number: int, rows: np.ndarray, codes: np.ndarray) -> None:
+        import faiss
+
+        rows, codes = np.ascontiguousarray(rows), np.ascontiguousarray(codes)
+        self._index.invlists.add_entries(number, len(rows), faiss.swig_ptr(rows), faiss.swig_ptr(codes))
+
+    def _extended(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The codes with that of their norm, and the list that each belongs to."""
+        if self.lists == 1 and self.tables.norms is None:
+            return codes, np.zeros(len(codes), np.int32)
+        sums = self.sums(codes)
+        lists = np.zeros(len(codes), np.int32)
+        if self.lists > 1:
+            lists[:] = self._coarse.search(np.pad(sums, ((0, 0), (0, EXTRA))), 1)[1][:, 0]
+        if self.tables.norms is not None:
+            low, high = self.tables.norms[[0, -1]]
+            levels = (np.linalg.norm(sums, axis=1) - low) / max(high - low, 1e-12) * (NORM_LEVELS - 1)
+            levels = np.clip(np.rint(levels), 0, NORM_LEVELS - 1).astype(np.uint8)
+            codes = np.hstack([codes, levels[:, None]])
+        return codes, lists
+
+    def remove(self, rows: np.ndarray) -> None:
+        """Drops rows; those that are not there are passed over."""
+        import faiss
+
+        if len(rows):
+            self._own()
+            self._index.remove_ids(faiss.IDSelectorBatch(np.ascontiguousarray(rows, np.int64)))
+
+    def search(
+        self,
+        queries: np.ndarray,
+        count: int,
+        nprobe: int,
+        threshold: np.ndarray | float = 0.0,
+        rows: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of highest score.
+
+        Args:
+            queries: float32 `(n, hidden_size)`.
+            count: Rows per query.
+            nprobe: Lists to scan.
+            threshold: For "cosine": the cosine, with queries of norm 1, about which the ranking is exact; one for all
+                queries, or one each.
+            rows: Scan only these, int64, ascending; lists play no part then.
+
+        Returns:
+            Scores `(n, count)`, highest first, and row numbers; -1 where there are no more.
+        """
+        asked = np.zeros((len(queries), self.size + EXTRA), np.float32)
+        asked[:, : self.size] = queries
+        if self.metric == "cosine":
+            asked[:, -2] = -np.asarray(threshold)
+        if self.metric == "l2":
+            asked[:, -1] = -0.5
+        if rows is None:
+            self._index.nprobe = min(nprobe, self.lists)
+            return self._index.search(asked, count)
+        index, labels = self._only(rows)
+        scores, found = index.search(asked, min(count, max(len(labels), 1)))
+        return scores, np.where(found < 0, -1, labels[found]) if len(labels) else np.full(found.shape, -1)
+
+    def _only(self, rows: np.ndarray):
+        """A flat index of some rows, since Faiss's additive scanners cannot leave rows out; and their numbers."""
+        import faiss
+
+        flat = faiss.IndexResidualQuantizer(self.size + EXTRA, self._widths, faiss.METRIC_INNER_PRODUCT)
+        flat.rq.search_type = faiss.AdditiveQuantizer.ST_LUT_nonorm
+        index, labels = self._ready(flat), []
+        wanted = np.zeros(int(rows[-1]) + 1 if len(rows) else 0, bool)
+        wanted[rows] = True
+        for number in range(self.lists):
+            ids, codes = self._list(number)
+            inside = ids < len(wanted)
+            inside[inside] = wanted[ids[inside]]
+            if inside.any():
+                index.add_sa_codes(np.ascontiguousarray(codes[inside]))
+                labels.append(ids[inside])
+        return index, np.concatenate(labels) if labels else np.empty(0, np.int64)
+
+    def _list(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Row numbers and codes of one list, views of Faiss's memory."""
+        import faiss
+
+        lists, size = self._index.invlists, self._index.invlists.list_size(number)
+        if not size:
+            return np.empty(0, np.int64), np.empty((0, self._index.code_size), np.uint8)
+        ids = faiss.rev_swig_ptr(lists.get_ids(number), size)
+        codes = faiss.rev_swig_ptr(lists.get_codes(number), size * self._index.code_size)
+        return ids, codes.reshape(size, -1)
+
+    def _own(self) -> None:
+        """Lists in a memory map are copied before they are changed."""
+
+
+def fit_scanner(quantizer: RQMoEModel, sample: np.ndarray, steps: int, metric: str, lists: int) -> Scanner:
+    """An empty scanner whose tables, norms and lists suit a sample of codes, uint8 `(n, bytes)`, n >= 1."""
+    fit = fit_codewords if quantizer.config.has_experts else exact_codewords
+    codewords = fit(quantizer, sample[:FIT_ROWS], steps)
+    flat = np.zeros((1, codewords[0].shape[1]), np.float32)
+    if lists == 1 and metric == "inner_product":
+        return Scanner(Tables(codewords, None, flat), sample.shape[1], metric)
+    sums = Scanner(Tables(codewords, None, flat), sample.shape[1], metric).sums(sample)
+    lengths = np.linalg.norm(sums, axis=1)
+    norms = np.linspace(lengths.min(), lengths.max(), NORM_LEVELS, dtype=np.float32)
+    centroids = flat if lists == 1 else find_centroids(sums, lists, spherical=metric != "l2")
+    return Scanner(Tables(codewords, None if metric == "inner_product" else norms, centroids), sample.shape[1], metric)
+
+
+def find_centroids(vectors: np.ndarray, lists: int, spherical: bool, seed: int = 0) -> np.ndarray:
+    """Centroids of the inverted lists by k-means: float32 `(lists, d)`."""
+    import faiss
+
+    kmeans = faiss.Kmeans(vectors.shape[1], lists, niter=ITERATIONS, seed=seed, spherical=spherical,
+                          max_points_per_centroid=POINTS_PER_LIST, min_points_per_centroid=1)  # fmt: skip
+    kmeans.train(np.ascontiguousarray(vectors))
+    return np.asarray(kmeans.centroids)

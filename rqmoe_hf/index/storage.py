@@ -1,0 +1,152 @@
+"""The folder of a collection: a manifest that says what belongs to it, checksums, and one writer at a time."""
+
+import hashlib
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from .documents import Database
+
+MANIFEST = "manifest.json"
+DATABASE = "collection.sqlite"
+LOCK = "writer.lock"
+FORMAT = 1
+
+
+class IndexFolder:
+    """Files of one collection.
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.manifest: dict = {}
+        self._lock = FileLock(str(self.path / LOCK), timeout=0)
+
+    @property
+    def database(self) -> Path:
+        """Where the database is."""
+        return self.path / DATABASE
+
+    @property
+    def scan(self) -> Path | None:
+        """Where the scanner's snapshot is, if there is one."""
+        names = [name for name in self.manifest["files"] if name != DATABASE]
+        return self.path / names[0] if names else None
+
+    def create(self, settings: dict) -> Database:
+        """Makes a new collection and becomes its writer; its manifest comes last.
+
+        Raises:
+            ValueError: If the folder holds one.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.claim()
+        try:
+            if (self.path / MANIFEST).exists():
+                raise ValueError(f"{self.path} holds an index already: open it with RQMoEIndex.load, or delete it.")
+            for leftover in self.path.glob(f"{DATABASE}*"):  # of a process that ended before the manifest was there
+                leftover.unlink()
+            database = Database(self.database, create=True)
+            self.write(settings | {"files": {DATABASE: {"version": -1}}})
+        except BaseException:
+            self.release()
+            raise
+        return database
+
+    def claim(self) -> None:
+        """Becomes the one writer, until [`release`] or the end of the process.
+
+        Raises:
+            BlockingIOError: If another writer is at work.
+        """
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise BlockingIOError(
+                f"Another process or index writes to {self.path}: there is one writer at a time. Close it first; "
+                "reading goes on meanwhile."
+            ) from None
+
+    def release(self) -> None:
+        """Lets others write."""
+        self._lock.release(force=True)
+
+    # --- the manifest --------------------------------------------------------------------------------------------
+
+    def read(self) -> dict:
+        """Reads the manifest.
+
+        Raises:
+            ValueError: If there is none, or it is damaged.
+        """
+        file = self.path / MANIFEST
+        if not file.is_file():
+            raise ValueError(f"{self.path} holds no index: it has no {MANIFEST}.")
+        try:
+            manifest = json.loads(file.read_text("utf-8"))
+            checksum = manifest.pop("checksum")
+            whole = checksum == _digest(manifest)
+        except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
+            whole = False
+        if not whole:
+            raise ValueError(f"{file} is damaged: its checksum does not fit. Restore it from a copy.")
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"{file} has format {manifest['format']}, this package reads format {FORMAT}: update it.")
+        self.manifest = manifest
+        return manifest
+
+    def write(self, manifest: dict) -> None:
+        """Replaces the manifest in one step, and removes snapshots that it does not name."""
+        text = json.dumps(manifest | {"checksum": _digest(manifest)}, indent=1) + "\n"
+        scratch = self.path / f".{MANIFEST}.tmp"
+        scratch.write_text(text, "utf-8")
+        replace_durably(scratch, self.path / MANIFEST)
+        self.manifest = manifest
+        for file in [*self.path.glob("scan-*.safetensors"), *self.path.glob(".*.tmp")]:
+            if file.name not in manifest["files"]:
+                file.unlink(missing_ok=True)
+
+    def record(self, file: Path, **more: int) -> dict:
+        """What the manifest says of a file: its size, its checksum, and more."""
+        return {"size": file.stat().st_size, "sha256": file_digest(file), **more}
+
+    def damage(self, name: str) -> str | None:
+        """What is wrong with a file that the manifest names; None if it is as it was written."""
+        file, record = self.path / name, self.manifest["files"][name]
+        if not file.is_file():
+            return f"{file} is missing."
+        size = file.stat().st_size
+        if size != record["size"]:
+            return f"{file} is damaged: it has {size:,} bytes instead of {record['size']:,}."
+        if file_digest(file) != record["sha256"]:
+            return f"{file} is damaged: its content is not what was written."
+        return None
+
+
+def replace_durably(scratch: Path, target: Path) -> None:
+    """Moves a file into place so that it is whole or not there, also after a power cut."""
+    with open(scratch, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(scratch, target)
+    with suppress(OSError):  # not every system lets one open a folder
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file, read piece by piece."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _digest(manifest: dict) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
