@@ -2,5 +2,6 @@
 
 from .documents import Document
 from .index import RQMoEIndex
+from .storage import verify
 
-__all__ = ["Document", "RQMoEIndex"]
+__all__ = ["Document", "RQMoEIndex", "verify"]

@@ -22,10 +22,9 @@ SCHEMA = (
     "CREATE TABLE state (name TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID",
     "CREATE TABLE vectors (row INTEGER PRIMARY KEY AUTOINCREMENT, id NOT NULL UNIQUE, code BLOB NOT NULL, "
     "checksum INTEGER NOT NULL)",
-    "CREATE TABLE documents (row INTEGER PRIMARY KEY, text TEXT, metadata TEXT NOT NULL)",
+    "CREATE TABLE documents (row INTEGER PRIMARY KEY, text TEXT, metadata TEXT)",
     "CREATE TABLE floats (row INTEGER PRIMARY KEY, vector BLOB NOT NULL)",
     "CREATE TABLE removed (number INTEGER PRIMARY KEY AUTOINCREMENT, row INTEGER NOT NULL)",
-    "CREATE TABLE sources (name TEXT PRIMARY KEY, rows INTEGER NOT NULL) WITHOUT ROWID",
 )
 CHUNK = 16_384
 BOUND = 10_000  # values in one statement
@@ -42,12 +41,19 @@ class State:
         count: Vectors in the collection.
         next_id: The id that a vector gets that comes without one.
         forgotten: Number of the last removal that is not on record any more.
+        sources: JSON object: how many rows of each source are in, for additions that go on after an interruption.
     """
 
     version: int = 0
     count: int = 0
     next_id: int = 0
     forgotten: int = 0
+    sources: str = "{}"
+
+    @property
+    def checksum(self) -> int:
+        """CRC-32 over all of it."""
+        return zlib.crc32(repr(self).encode())
 
 
 @dataclass
@@ -149,8 +155,8 @@ class Database:
                 state = self.state() if self._has_tables() else State()
                 yield state
                 state.version += 1
-                values = [(field.name, getattr(state, field.name)) for field in fields(State)]
-                self._connection.executemany("INSERT OR REPLACE INTO state VALUES (?, ?)", values)
+                values = vars(state) | {"checksum": state.checksum}
+                self._connection.executemany("INSERT OR REPLACE INTO state VALUES (?, ?)", values.items())
             # A log with committed pages would be a second place where damage could go unnoticed.
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
@@ -176,8 +182,16 @@ class Database:
         return self._connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'state'").fetchone() is not None
 
     def state(self) -> State:
-        """The numbers of the last commit."""
-        return State(**dict(self._connection.execute("SELECT name, value FROM state")))
+        """The numbers of the last commit.
+
+        Raises:
+            ValueError: If they are damaged.
+        """
+        values = dict(self._connection.execute("SELECT name, value FROM state"))
+        checksum = values.pop("checksum", None)
+        if set(values) != {field.name for field in fields(State)} or State(**values).checksum != checksum:
+            raise ValueError(f"{self.file} is damaged: the checksum of its state does not fit.")
+        return State(**values)
 
     # --- rows ----------------------------------------------------------------------------------------------------
 
@@ -217,11 +231,6 @@ class Database:
         found = {row: Row(*values) for row, *values in self._many(query, rows)}
         return [found[row] for row in rows]
 
-    def kind_of_ids(self) -> type[int] | type[str] | None:
-        """Whether ids are integers or strings; None if there are none yet."""
-        found = self._connection.execute("SELECT id FROM vectors LIMIT 1").fetchone()
-        return None if found is None else type(found[0])
-
     def matching(self, filter: Filter | None, after: int = 0, limit: int = -1) -> np.ndarray:
         """Row numbers of the documents that a filter holds for, int64, ascending."""
         condition, values = ("1", []) if filter is None else compile_filter(filter)
@@ -253,7 +262,7 @@ class Database:
             vector = (row.id, row.code, row.checksum)
             number = run("INSERT INTO vectors (id, code, checksum) VALUES (?, ?, ?)", vector).lastrowid
             if row.text is not None or row.metadata is not None:
-                run("INSERT INTO documents VALUES (?, ?, ?)", (number, row.text, row.metadata or "{}"))
+                run("INSERT INTO documents VALUES (?, ?, ?)", (number, row.text, row.metadata))
             if row.floats is not None:
                 run("INSERT INTO floats VALUES (?, ?)", (number, row.floats))
 
@@ -269,6 +278,78 @@ class Database:
         found = self._connection.execute("SELECT number, row FROM removed WHERE number > ? ORDER BY number", (after,))
         pairs = found.fetchall()
         return np.array([row for _, row in pairs], np.int64), pairs[-1][0] if pairs else after
+
+    def last_removal(self) -> int:
+        """Number of the last removal."""
+        return self._connection.execute("SELECT coalesce(max(number), 0) FROM removed").fetchone()[0]
+
+    def forget_removals(self, upto: int) -> None:
+        """Drops the record of removals, inside of [`writing`]: what was derived before them must be made anew."""
+        self._connection.execute("DELETE FROM removed WHERE number <= ?", (upto,))
+
+    def problems(self) -> list[str]:
+        """What is damaged, inside of [`reading`]: SQLite's own check, then every row's checksum, then the counts."""
+        run = self._connection.execute
+        found = [text for (text,) in run("PRAGMA integrity_check(5)") if text != "ok"]
+        if found:
+            return [f"{self.file} is damaged: {text}." for text in found]
+        query = (
+            "SELECT vectors.checksum, vectors.row, id, code, text, metadata, vector FROM vectors LEFT JOIN documents "
+            "USING (row) LEFT JOIN floats USING (row) ORDER BY row"
+        )
+        bad = [id for checksum, _, id, *values in run(query) if Row(id, *values).checksum != checksum]
+        if bad:
+            shown = ", ".join(map(repr, bad[:5]))
+            found.append(f"{self.file} is damaged: the checksums of {len(bad)} entries do not fit, with ids {shown}.")
+        (count,) = run("SELECT count(*) FROM vectors").fetchone()
+        if count != self.state().count:
+            found.append(f"{self.file} is damaged: it holds {count:,} vectors instead of {self.state().count:,}.")
+        return found
+
+    def copy_to(self, other: "Database") -> None:
+        """Makes another database an exact copy."""
+        with self.lock, other.lock:
+            self._connection.backup(other._connection)
+            other._connection.execute("PRAGMA journal_mode = WAL")
+
+    def is_settled(self) -> bool:
+        """Whether all that was committed is in the one file, and none of it still in SQLite's log."""
+        log = Path(f"{self.file}-wal")
+        return not log.exists() or not log.stat().st_size
+
+    def resolve(self, ids: Sequence[Id], duplicates: str) -> tuple[list[int], list[int]]:
+        """Which ids are to be added, inside of [`writing`].
+
+        Args:
+            ids: What the user gave.
+            duplicates: "error", "skip" or "replace".
+
+        Returns:
+            Their places in `ids`, and the rows that they replace.
+
+        Raises:
+            ValueError: If an id is not of the collection's kind, or is there or comes twice and must not.
+        """
+        kind = self._kind_of_ids()
+        if ids and kind is not None and not isinstance(ids[0], kind):
+            raise ValueError(f"The ids of this index are of type {kind.__name__}, got {ids[0]!r}: one kind per index.")
+        known = self.find(ids)
+        last = {id: place for place, id in enumerate(ids)}
+        if duplicates == "replace":
+            return sorted(last.values()), list(known.values())
+        first = {id: len(ids) - 1 - place for place, id in enumerate(reversed(ids))}
+        if duplicates == "error" and (known or len(first) < len(ids)):
+            twice = [id for id in first if id in known or first[id] != last[id]]
+            raise ValueError(
+                f"{len(twice)} ids are in the index already or come twice: {', '.join(map(repr, twice[:5]))}. Give "
+                "others, or duplicates='skip' or 'replace'."
+            )
+        return sorted(place for id, place in first.items() if id not in known), []
+
+    def _kind_of_ids(self) -> type[int] | type[str] | None:
+        """Whether ids are integers or strings; None if there are none yet."""
+        found = self._connection.execute("SELECT id FROM vectors LIMIT 1").fetchone()
+        return None if found is None else type(found[0])
 
     def _many(self, query: str, values: Iterable) -> Iterator[tuple]:
         values = [value.item() if isinstance(value, np.generic) else value for value in values]

@@ -1,9 +1,15 @@
-"""Texts to vectors, by whatever encoder the user has."""
+"""What comes into an index: texts by whatever encoder the user has, embeddings and codes by the quantizer."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
+
+from ..codes import bytes_per_vector, unpack_codes
+from ..modeling_rqmoe import RQMoEModel
+from .documents import CHUNK
+from .inputs import as_texts, as_vectors, check_finite
+from .ranking import normalized
 
 
 class EncodesTexts(Protocol):
@@ -50,3 +56,71 @@ class TextEncoder:
         loaded: EncodesTexts = load_encoder(self.encoder)
         self.encoder = loaded
         return loaded
+
+
+class Intake:
+    """Turns what users give into codes and queries, and refuses what is none.
+
+    Args:
+        quantizer: Makes the codes.
+        steps: Codes per vector.
+        encoder: Embeds texts.
+        keep_floats: Keep the embeddings, too.
+    """
+
+    def __init__(self, quantizer: RQMoEModel, steps: int, encoder: Encoder | None, keep_floats: bool):
+        self.quantizer, self.steps, self.keep_floats = quantizer, steps, keep_floats
+        self.encoder = TextEncoder(encoder)
+        self.size = quantizer.config.hidden_size
+        self.code_bytes = bytes_per_vector(steps, quantizer.config.code_sizes)
+
+    def codes(self, embeddings: Any, texts: list[str] | None, codes: Any) -> tuple[np.ndarray, np.ndarray | None]:
+        """Packed codes, uint8 `(n, bytes)`, of what is given, and float16 vectors `(n, d)` if they are kept."""
+        if embeddings is not None and codes is not None:
+            raise ValueError("Give embeddings or codes, not both.")
+        if codes is not None:
+            return self._checked(codes), None
+        if embeddings is None:
+            if texts is None:
+                raise ValueError("Nothing to add: give embeddings, texts or codes.")
+            embeddings = self.encoder.documents(texts) if texts else []
+        if len(embeddings) == 0:
+            return np.empty((0, self.code_bytes), np.uint8), None
+        vectors = as_vectors(embeddings, self.size)
+        packed = np.empty((len(vectors), self.code_bytes), np.uint8)
+        floats = np.empty(vectors.shape, np.float16) if self.keep_floats else None
+        for start in range(0, len(vectors), CHUNK):
+            part = np.array(vectors[start : start + CHUNK], np.float32)
+            check_finite(part, first=start)
+            # Codes are best at the norm that the quantizer knows, and the norm is not what ranks.
+            part = normalized(part) if self.quantizer.is_unit_norm else part
+            packed[start : start + CHUNK] = self.quantizer.compress(part, self.steps, show_progress_bar=False)
+            if floats is not None:
+                with np.errstate(over="ignore"):
+                    floats[start : start + CHUNK] = part
+                check_finite(floats[start : start + CHUNK], "embeddings as float16, which ends at 65504,", start)
+        return packed, floats
+
+    def _checked(self, codes: Any) -> np.ndarray:
+        if not isinstance(codes, np.ndarray) or codes.dtype != np.uint8 or codes.shape[1:] != (self.code_bytes,):
+            kind, shape = getattr(codes, "dtype", type(codes).__name__), getattr(codes, "shape", "")
+            raise ValueError(f"Expected packed codes, uint8 (n, {self.code_bytes}), got {kind} {shape}.")
+        for start in range(0, len(codes), CHUNK):
+            unpack_codes(codes[start : start + CHUNK], self.steps, self.quantizer.config.code_sizes)
+        return codes
+
+    def queries(self, queries: Any) -> tuple[np.ndarray, bool]:
+        """Queries as finite float32 `(n, d)`, n >= 1, and whether it was a single one."""
+        single = isinstance(queries, str)
+        if single or (isinstance(queries, (list, tuple)) and queries and isinstance(queries[0], str)):
+            texts = as_texts(queries, "queries")
+            if not all(text.strip() for text in texts):
+                raise ValueError("A query is empty: give it some text.")
+            queries = self.encoder.queries(texts)
+        elif len(queries):
+            single = np.ndim(queries[0]) == 0
+        if not len(queries):
+            raise ValueError("There is no query: give at least one.")
+        vectors = as_vectors(queries, self.size, "queries").astype(np.float32)
+        check_finite(vectors, "queries")
+        return vectors, single

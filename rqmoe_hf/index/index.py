@@ -3,22 +3,23 @@
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from ..bundled import load_quantizer
-from ..codes import bytes_per_vector, unpack_codes
 from ..data.jobs import check_quantizer
 from ..modeling_rqmoe import RQMoEModel
 from ..saving import weights_checksum
 from .documents import CHUNK, Database, Document, Id, Row, State, codes_array
-from .embedding import Encoder, TextEncoder
+from .embedding import Encoder, Intake
 from .filters import Filter
-from .inputs import as_ids, as_metadata, as_texts, as_vectors, check_finite, check_lengths, ids_array
-from .ranking import SHORTLIST, Ranker, normalized
-from .storage import FORMAT, IndexFolder
+from .inputs import as_ids, as_metadata, as_texts, check_lengths, ids_array
+from .ranking import SHORTLIST, Ranker
+from .storage import DATABASE, FORMAT, IndexFolder
 
+REMOVALS = 10_000  # are kept on record in any case
 Metric = Literal["cosine", "inner_product", "l2"]
 Kind = Literal["auto", "flat", "ivf"]
 Rescore = Literal["auto", "floats", "codes", "tables"]
@@ -29,8 +30,8 @@ class RQMoEIndex:
     """Vectors as codes of a quantizer, with ids of the user's, texts and metadata; searched with uncompressed queries.
 
     With a folder every change is on disk when the call returns, whole or not at all, and the folder is the collection:
-    [`load`] opens it again. Without one the index ends with the process, unless it is saved to a folder. One index at a
-    time may write to a folder; others read it meanwhile and see what was committed. Methods may be called from any
+    [`load`] opens it again. Without one the index ends with the process, unless it is saved to a folder. One index at
+    a time may write to a folder; others read it meanwhile and see what was committed. Methods may be called from any
     thread.
 
     Args:
@@ -102,11 +103,12 @@ class RQMoEIndex:
         self._open(quantizer, settings, encoder, database)
 
     def _open(self, quantizer: RQMoEModel, settings: dict, encoder: Encoder | None, database: Database) -> None:
-        self.quantizer, self.settings, self._database = quantizer, settings, database
-        self._encoder = TextEncoder(encoder or settings["encoder"] or quantizer.config.base_model)
-        self._steps = settings["quantizer"]["num_codebooks"]
+        self.quantizer, self._database = quantizer, database
+        self.settings = {name: value for name, value in settings.items() if name != "files"}
+        steps, encoder = settings["quantizer"]["num_codebooks"], encoder or settings["encoder"]
+        self._intake = Intake(quantizer, steps, encoder or quantizer.config.base_model, settings["keep_floats"])
         metric, kind, lists = settings["metric"], settings["kind"], settings["num_lists"]
-        self._ranker = Ranker(quantizer, database, self._steps, metric, kind, lists)
+        self._ranker = Ranker(quantizer, database, steps, metric, kind, lists)
 
     @classmethod
     def load(
@@ -114,18 +116,26 @@ class RQMoEIndex:
         folder: str | os.PathLike,
         quantizer: RQMoEModel | str | None = None,
         encoder: Encoder | None = None,
+        check: bool = True,
     ) -> "RQMoEIndex":
-        """Opens a collection. Files are checked, and what was prepared for scanning is memory-mapped.
+        """Opens a collection; what was prepared for scanning is memory-mapped.
 
         Args:
             folder: Of the collection.
             quantizer: The quantizer that made the codes, default the one that the collection names.
             encoder: Embeds texts; default the one that the collection or the quantizer names.
+            check: Compare all files with their checksums, which means reading them once.
 
         Raises:
             ValueError: If there is no collection, a file is damaged (it is named), or the quantizer is another one.
         """
-        place = IndexFolder(folder)
+        return cls._load(IndexFolder(folder), quantizer, encoder, check)
+
+    @classmethod
+    def _load(
+        cls, place: IndexFolder, quantizer: RQMoEModel | str | None, encoder: Encoder | None, check: bool,
+        immutable: bool = False,
+    ) -> "RQMoEIndex":  # fmt: skip
         manifest = place.read()
         made_by = manifest["quantizer"]
         if quantizer is None or isinstance(quantizer, str):
@@ -133,7 +143,9 @@ class RQMoEIndex:
         check_quantizer(made_by, quantizer)
         index = cls.__new__(cls)
         index._folder = place
-        index._open(quantizer, manifest, encoder, Database(place.database))
+        index._open(quantizer, manifest, encoder, place.open(check, immutable))
+        if place.scan is not None and place.scan.exists():
+            index._ranker.load(place.scan)
         return index
 
     # --- what is in it -------------------------------------------------------------------------------------------
@@ -233,19 +245,21 @@ class RQMoEIndex:
         """
         _check_choice("duplicates", duplicates, ("error", "skip", "replace"))
         written = None if texts is None else as_texts(texts)
-        packed, floats = self._vectors(embeddings, written, codes)
+        packed, floats = self._intake.codes(embeddings, written, codes)
         notes = None if metadata is None else as_metadata(metadata)
         given = None if ids is None else as_ids(ids)
         check_lengths(len(packed), texts=written, metadata=notes, ids=given)
         with self._writing() as state:
             given = list(range(state.next_id, state.next_id + len(packed))) if given is None else given
-            places, replaced = self._resolve(given, duplicates)
+            places, replaced = self._database.resolve(given, duplicates)
             self._database.delete(replaced)
             for start in range(0, len(places), CHUNK):
                 rows = [_row(place, given, packed, written, notes, floats) for place in places[start : start + CHUNK]]
                 self._database.insert(rows)
-            self._count(state, [given[place] for place in places], len(places) - len(replaced))
-        return ids_array([given[place] for place in places])
+            added = [given[place] for place in places]
+            state.count += len(added) - len(replaced)
+            state.next_id = max([state.next_id, *(id + 1 for id in added if isinstance(id, int))])
+        return ids_array(added)
 
     def update(
         self,
@@ -268,8 +282,8 @@ class RQMoEIndex:
         notes = None if metadata is None else as_metadata(metadata)
         packed = floats = None
         if any(part is not None for part in (embeddings, written, codes)):
-            packed, floats = self._vectors(embeddings, written, codes)
-        check_lengths(len(known), texts=written, metadata=notes, vectors=packed)
+            packed, floats = self._intake.codes(embeddings, written, codes)
+        check_lengths(len(known), texts=written, metadata=notes, vectors=None if packed is None else list(packed))
         if len(set(known)) < len(known):
             raise ValueError("An id comes twice: update each once.")
         with self._writing():
@@ -279,7 +293,8 @@ class RQMoEIndex:
                 made = self._database.rows_of(rows[part])
                 for place, row in enumerate(made, start):
                     if packed is not None:
-                        row.code, row.floats = packed[place].tobytes(), None if floats is None else floats[place].tobytes()
+                        row.code = packed[place].tobytes()
+                        row.floats = None if floats is None else floats[place].tobytes()
                     row.text = row.text if written is None else written[place]
                     row.metadata = row.metadata if notes is None else notes[place]
                 self._database.delete(rows[part])
@@ -315,77 +330,11 @@ class RQMoEIndex:
     @contextmanager
     def _writing(self) -> Iterator[State]:
         if self._folder is not None:
-            self._folder.claim()
+            self._writable()
         with self._database.writing() as state:
             yield state
 
-    def _vectors(self, embeddings: Any, texts: list[str] | None, codes: Any) -> tuple[np.ndarray, np.ndarray | None]:
-        """Packed codes of what is given, and the float16 vectors if they are kept."""
-        if embeddings is not None and codes is not None:
-            raise ValueError("Give embeddings or codes, not both.")
-        if codes is not None:
-            return self._check_codes(codes), None
-        if embeddings is None:
-            if texts is None:
-                raise ValueError("Nothing to add: give embeddings, texts or codes.")
-            embeddings = self._encoder.documents(texts) if texts else []
-        size = self.quantizer.config.hidden_size
-        if len(embeddings) == 0:
-            return np.empty((0, self.code_bytes), np.uint8), None
-        vectors = as_vectors(embeddings, size)
-        packed = np.empty((len(vectors), self.code_bytes), np.uint8)
-        floats = np.empty(vectors.shape, np.float16) if self.settings["keep_floats"] else None
-        for start in range(0, len(vectors), CHUNK):
-            part = np.array(vectors[start : start + CHUNK], np.float32)
-            check_finite(part, first=start)
-            part = normalized(part) if self.quantizer.is_unit_norm else part
-            packed[start : start + CHUNK] = self.quantizer.compress(part, self._steps, show_progress_bar=False)
-            if floats is not None:
-                floats[start : start + CHUNK] = part
-                check_finite(floats[start : start + CHUNK], "embeddings as float16, whose largest is 65504,", start)
-        return packed, floats
-
-    def _check_codes(self, codes: Any) -> np.ndarray:
-        if not isinstance(codes, np.ndarray) or codes.dtype != np.uint8 or codes.shape[1:] != (self.code_bytes,):
-            raise ValueError(
-                f"Expected packed codes, uint8 (n, {self.code_bytes}), got {getattr(codes, 'dtype', type(codes).__name__)} "
-                f"{getattr(codes, 'shape', '')}."
-            )
-        for start in range(0, len(codes), CHUNK):
-            unpack_codes(codes[start : start + CHUNK], self._steps, self.quantizer.config.code_sizes)
-        return codes
-
-    def _resolve(self, ids: list[Id], duplicates: Duplicates) -> tuple[list[int], list[int]]:
-        """Places in `ids` that are to be added, and the rows that they replace."""
-        kind = self._database.kind_of_ids()
-        if ids and kind is not None and not isinstance(ids[0], kind):
-            raise ValueError(f"The ids of this index are of type {kind.__name__}, got {ids[0]!r}: one kind per index.")
-        known = self._database.find(ids)
-        if duplicates == "error":
-            seen: set[Id] = set()
-            twice = [id for id in ids if id in known or id in seen or seen.add(id)]  # type: ignore[func-returns-value]
-            if twice:
-                shown = ", ".join(map(repr, twice[:5]))
-                raise ValueError(f"{len(twice)} ids are there already or come twice: {shown}. Give others, or "
-                                 "duplicates='replace' or 'skip'.")  # fmt: skip
-            return list(range(len(ids))), []
-        if duplicates == "skip":
-            first = {id: place for place, id in reversed(list(enumerate(ids)))}
-            return sorted(place for id, place in first.items() if id not in known), []
-        return sorted({id: place for place, id in enumerate(ids)}.values()), list(known.values())
-
-    @staticmethod
-    def _count(state: State, ids: list[Id], more: int) -> None:
-        numbers = [id for id in ids if isinstance(id, int)]
-        state.next_id = max([state.next_id, *(number + 1 for number in numbers)])
-        state.count += more
-
     # --- searching -----------------------------------------------------------------------------------------------
-
-    @property
-    def code_bytes(self) -> int:
-        """Bytes of a vector's code."""
-        return bytes_per_vector(self._steps, self.quantizer.config.code_sizes)
 
     def search(
         self,
@@ -425,7 +374,7 @@ class RQMoEIndex:
                 raise ValueError(f"{name} must be at least 1, got {number}.")
         if rescore == "floats" and not self.settings["keep_floats"]:
             raise ValueError("This index has no floats: make it with keep_floats=True, or use rescore='codes'.")
-        vectors, single = self._queries(queries)
+        vectors, single = self._intake.queries(queries)
         if rescore == "auto":
             rescore = "floats" if self.settings["keep_floats"] else "codes"
         with self._database.reading() as state:
@@ -435,24 +384,6 @@ class RQMoEIndex:
             names = self._database.ids_of(np.unique(rows))
         found = ids_array([names[row] for row in rows.flatten().tolist()]).reshape(rows.shape)
         return (scores[0], found[0]) if single else (scores, found)
-
-    def _queries(self, queries: Any) -> tuple[np.ndarray, bool]:
-        """Queries as finite float32 `(n, hidden_size)`, and whether it was a single one."""
-        single = isinstance(queries, str)
-        if single or (isinstance(queries, (list, tuple)) and queries and all(isinstance(one, str) for one in queries)):
-            texts = as_texts(queries, "queries")
-            if not all(text.strip() for text in texts):
-                raise ValueError("A query is empty: give it some text.")
-            queries = self._encoder.queries(texts)
-        else:
-            single = np.ndim(queries[0] if isinstance(queries, list) and queries else queries) < (
-                1 if isinstance(queries, list) else 2
-            )
-        if len(queries) == 0:
-            raise ValueError("There is no query: give at least one.")
-        vectors = as_vectors(queries, self.quantizer.config.hidden_size, "queries").astype(np.float32)
-        check_finite(vectors, "queries")
-        return vectors, single
 
     def _allowed(self, filter: Filter | None, ids: Iterable[Id] | None) -> np.ndarray | None:
         """Rows that may be found, ascending; None for all."""
@@ -464,8 +395,68 @@ class RQMoEIndex:
 
     # --- the folder ----------------------------------------------------------------------------------------------
 
+    def save(self, folder: str | os.PathLike | None = None) -> None:
+        """Prepares the folder for quick loading, or makes one.
+
+        Changes are on disk without it. It writes down what scanning needs, which [`load`] otherwise makes anew, and
+        the checksum of the database.
+
+        Args:
+            folder: None for the index's own. Another one must not hold an index, and gets a copy; an index without a
+                folder lives in it from then on.
+
+        Raises:
+            ValueError: If there is no folder, or it holds another index.
+            BlockingIOError: If another index writes to the folder.
+        """
+        if folder is not None and (self._folder is None or Path(folder).resolve() != self._folder.path.resolve()):
+            copy = self._copied(IndexFolder(folder))
+            if self._folder is None:
+                self._database.close()
+                self._folder, self._database = copy._folder, copy._database
+                self._ranker.database = copy._database
+            else:
+                copy.close()
+            return
+        place = self._writable()
+        with self._database.writing() as state:
+            last = self._database.last_removal()
+            if last - state.forgotten > max(state.count, REMOVALS):
+                self._ranker.rebuild(state)
+                self._database.forget_removals(last)
+                state.forgotten = last
+        with self._database.reading() as state:
+            files = {}
+            if state.count > SHORTLIST:
+                name = f"scan-{state.version}.safetensors"
+                place.snapshot(name, lambda file: self._ranker.save(file, state))
+                files[name] = place.record(place.path / name)
+            files[DATABASE] = place.record_database(self._database)
+            place.write(self.settings | {"files": files})
+
+    def _copied(self, place: IndexFolder) -> "RQMoEIndex":
+        """A copy in a new folder."""
+        copy = type(self).__new__(type(self))
+        copy._folder, database = place, place.create(self.settings, self._database)
+        copy._open(self.quantizer, self.settings, self._intake.encoder.encoder, database)
+        copy._ranker.scanner, copy._ranker.progress = self._ranker.scanner, self._ranker.progress
+        copy.save()
+        return copy
+
+    def _writable(self) -> IndexFolder:
+        """The folder, of which this index is the one writer from now on."""
+        if self._folder is None:
+            raise ValueError("This index has no folder: name one to save it to.")
+        self._folder.claim()
+        return self._folder
+
     def close(self) -> None:
-        """Ends the use of the folder, for others to write. The index cannot be used afterwards."""
+        """Ends the use of the folder, so that others may write. The index cannot be used afterwards."""
+        if self._folder is not None and self._folder.is_writer:
+            with self._database.reading():
+                record = self._folder.record_database(self._database)
+            files = self._folder.manifest["files"] | {DATABASE: record}
+            self._folder.write(self._folder.manifest | {"files": files})
         self._database.close()
         if self._folder is not None:
             self._folder.release()

@@ -1,12 +1,14 @@
 """The stages of a search: tables choose a shortlist, and what is known better ranks it."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from ..codes import bits_per_code, bytes_per_vector, sizes_of
 from ..modeling_rqmoe import RQMoEModel
 from .documents import Database, State, codes_array
-from .scanning import FIT_ROWS, POINTS_PER_LIST, Scanner, fit_scanner
+from .scanning import FIT_ROWS, POINTS_PER_LIST, Scanner, exact_codewords, fit_scanner
 
 FLAT_UP_TO = 50_000  # codes
 GROWTH = 4  # tables and lists are made anew when the collection has grown so much
@@ -67,7 +69,25 @@ class Ranker:
             self.scanner.remove(rows[rows <= progress.row])
             last = self._scan_from(self.scanner, progress.row)
             self.progress = Progress(state.version, last, removal, progress.fitted)
+        if len(self.scanner) != state.count:  # a snapshot of another time
+            return self.rebuild(state)
         return self.scanner
+
+    def save(self, file: Path, state: State) -> None:
+        """Writes a snapshot of the scanner, brought up to date; inside of a transaction."""
+        self.refresh(state).save(file, vars(self.progress), self.quantizer.config.has_experts)
+
+    def load(self, file: Path) -> None:
+        """Opens a snapshot instead of making a scanner.
+
+        Raises:
+            ValueError: If the file is no snapshot of this collection.
+        """
+        sizes = sizes_of(self.steps, self.quantizer.config.code_sizes)
+        bits, width = [bits_per_code(size) for size in sizes], bytes_per_vector(self.steps, sizes)
+        known = None if self.quantizer.config.has_experts else exact_codewords(self.quantizer, self.steps)
+        self.scanner, notes = Scanner.load(file, known, bits, width, self.scanned)
+        self.progress = Progress(**notes)
 
     def rebuild(self, state: State) -> Scanner:
         """A scanner with tables and lists fitted to what is there now."""
@@ -195,6 +215,8 @@ class Ranker:
     def vectors_of(self, rows: np.ndarray, source: str) -> np.ndarray:
         """What is known of rows, float32 `(n, hidden_size)`: their floats, reconstructions or sums of tables."""
         found = self.database.codes_of(rows)
+        if len(found) < len(rows):
+            raise ValueError("The snapshot of the index does not belong to its database: delete scan-*.safetensors.")
         codes = codes_array([found[row] for row in rows.tolist()])
         vectors = self.scanner.sums(codes) if source == "tables" and self.scanner else self.restore(codes)
         if source == "floats":

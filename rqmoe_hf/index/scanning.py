@@ -6,12 +6,16 @@ value in two dimensions that the query fills in: the sum is then `q . x + a |x| 
 in the same way. With a = -c, codes whose cosine is above c are exactly those whose score is above 0.
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from ..additive import faiss_widths, improve_codewords, mean_contributions, starts_of
 from ..codes import bits_per_code, sizes_of, unpack_codes
@@ -40,7 +44,7 @@ class Tables:
     centroids: np.ndarray
 
 
-def exact_codewords(quantizer: RQMoEModel, packed: np.ndarray, steps: int) -> list[np.ndarray]:
+def exact_codewords(quantizer: RQMoEModel, steps: int) -> list[np.ndarray]:
     """The tables of an additive quantizer: its codebooks, whose sums are the reconstructions of any codes."""
     codebooks = (quantizer.codebooks[:steps] * quantizer.scale).detach().float().cpu().numpy()
     return _with_mean(codebooks, quantizer, steps)
@@ -234,7 +238,7 @@ class Scanner:
         wanted[rows] = True
         for number in range(self.lists):
             ids, codes = self._list(number)
-            inside = ids < len(wanted)
+            inside = (ids >= 0) & (ids < len(wanted))
             inside[inside] = wanted[ids[inside]]
             if inside.any():
                 index.add_sa_codes(np.ascontiguousarray(codes[inside]))
@@ -252,14 +256,103 @@ class Scanner:
         codes = faiss.rev_swig_ptr(lists.get_codes(number), size * self._index.code_size)
         return ids, codes.reshape(size, -1)
 
+    # --- snapshots -----------------------------------------------------------------------------------------------
+
+    def save(self, file: Path, notes: dict[str, int], with_codewords: bool) -> None:
+        """Writes a snapshot: arrays only, of which the lists are laid out as Faiss reads them from a memory map.
+
+        Args:
+            file: Where to.
+            notes: Integers that [`load`] gives back.
+            with_codewords: Store the tables, because the quantizer does not give them.
+        """
+        width = self._index.code_size + 8
+        lists = np.empty(len(self) * width, np.uint8)
+        sizes, place = np.zeros(self.lists, np.int64), 0
+        for number in range(self.lists):
+            rows, codes = self._list(number)
+            part = lists[place : place + len(rows) * width]
+            part[: codes.size], part[codes.size :] = codes.reshape(-1), rows.view(np.uint8)
+            sizes[number], place = len(rows), place + len(part)
+        arrays = {"lists": lists, "sizes": sizes, "centroids": self.tables.centroids}
+        if self.tables.norms is not None:
+            arrays["norms"] = self.tables.norms
+        if with_codewords:
+            arrays["codewords"] = np.concatenate(self.tables.codewords)
+        save_file(arrays, file, {name: str(value) for name, value in notes.items()})
+
+    @classmethod
+    def load(
+        cls, file: Path, codewords: list[np.ndarray] | None, bits: list[int], code_bytes: int, metric: str
+    ) -> tuple["Scanner", dict[str, int]]:
+        """Opens a snapshot; its lists stay in the file until they are changed.
+
+        Args:
+            file: Of [`save`].
+            codewords: The tables, if they are not in the file.
+            bits: Bits of each code.
+            code_bytes: Bytes of a packed code.
+            metric: As it was.
+
+        Returns:
+            The scanner and the notes.
+
+        Raises:
+            ValueError: If the file does not fit.
+        """
+        try:
+            with safe_open(file, "numpy") as opened:
+                notes = {name: int(value) for name, value in opened.metadata().items()}
+                arrays = {name: opened.get_tensor(name) for name in opened.keys() if name != "lists"}  # noqa: SIM118
+            if codewords is None:
+                codewords = np.split(arrays["codewords"], np.cumsum([1 << width for width in bits])[:-1])
+            tables = Tables(codewords, arrays.get("norms"), arrays["centroids"])
+            scanner = cls(tables, code_bytes, metric)
+            scanner._map(file, arrays["sizes"])
+        except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+            raise ValueError(f"{file} is no snapshot of this index: {error}. Delete it; it is made anew.") from error
+        return scanner, notes
+
+    def _map(self, file: Path, sizes: np.ndarray) -> None:
+        """Lets Faiss read the lists from the file, where they lie one after the other: codes, then row numbers."""
+        import faiss
+
+        place, stop = _span(file, "lists")
+        width = self._index.code_size + 8
+        if len(sizes) != self.lists or (sizes < 0).any() or int(sizes.sum()) * width != stop - place:
+            raise ValueError("its lists have other sizes than they should")
+        mapped: Any = faiss.OnDiskInvertedLists()
+        mapped.nlist, mapped.code_size, mapped.filename = self.lists, self._index.code_size, str(file)
+        mapped.read_only, mapped.totsize, mapped.prefetch_nthread = True, file.stat().st_size, 0
+        for size in sizes.tolist():
+            one = faiss.OnDiskOneList()
+            one.size, one.capacity, one.offset = size, size, place
+            mapped.lists.push_back(one)
+            place += size * width
+        mapped.do_mmap()
+        self._index.replace_invlists(mapped, False)
+        self._mapped, self._index.ntotal = mapped, int(sizes.sum())
+
     def _own(self) -> None:
-        """Lists in a memory map are copied before they are changed."""
+        """Copies lists out of a memory map, before they are changed."""
+        import faiss
+
+        if self._mapped is None:
+            return
+        lists: Any = faiss.ArrayInvertedLists(self.lists, self._index.code_size)
+        for number in range(self.lists):
+            size = self._mapped.list_size(number)
+            if size:
+                lists.add_entries(number, size, self._mapped.get_ids(number), self._mapped.get_codes(number))
+        lists.this.disown()
+        self._index.replace_invlists(lists, True)
+        self._mapped = None
 
 
 def fit_scanner(quantizer: RQMoEModel, sample: np.ndarray, steps: int, metric: str, lists: int) -> Scanner:
     """An empty scanner whose tables, norms and lists suit a sample of codes, uint8 `(n, bytes)`, n >= 1."""
-    fit = fit_codewords if quantizer.config.has_experts else exact_codewords
-    codewords = fit(quantizer, sample[:FIT_ROWS], steps)
+    experts = quantizer.config.has_experts
+    codewords = fit_codewords(quantizer, sample[:FIT_ROWS], steps) if experts else exact_codewords(quantizer, steps)
     flat = np.zeros((1, codewords[0].shape[1]), np.float32)
     if lists == 1 and metric == "inner_product":
         return Scanner(Tables(codewords, None, flat), sample.shape[1], metric)
@@ -268,6 +361,15 @@ def fit_scanner(quantizer: RQMoEModel, sample: np.ndarray, steps: int, metric: s
     norms = np.linspace(lengths.min(), lengths.max(), NORM_LEVELS, dtype=np.float32)
     centroids = flat if lists == 1 else find_centroids(sums, lists, spherical=metric != "l2")
     return Scanner(Tables(codewords, None if metric == "inner_product" else norms, centroids), sample.shape[1], metric)
+
+
+def _span(file: Path, name: str) -> tuple[int, int]:
+    """Where an array of a safetensors file begins and ends."""
+    with open(file, "rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    start, stop = header[name]["data_offsets"]
+    return 8 + length + start, 8 + length + stop
 
 
 def find_centroids(vectors: np.ndarray, lists: int, spherical: bool, seed: int = 0) -> np.ndarray:

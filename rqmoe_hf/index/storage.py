@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,11 +40,16 @@ class IndexFolder:
         names = [name for name in self.manifest["files"] if name != DATABASE]
         return self.path / names[0] if names else None
 
-    def create(self, settings: dict) -> Database:
+    def create(self, settings: dict, source: Database | None = None) -> Database:
         """Makes a new collection and becomes its writer; its manifest comes last.
 
+        Args:
+            settings: What the manifest says of the collection.
+            source: Another collection's database, to begin with its content.
+
         Raises:
-            ValueError: If the folder holds one.
+            ValueError: If the folder holds a collection.
+            BlockingIOError: If another process makes one.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self.claim()
@@ -53,11 +59,60 @@ class IndexFolder:
             for leftover in self.path.glob(f"{DATABASE}*"):  # of a process that ended before the manifest was there
                 leftover.unlink()
             database = Database(self.database, create=True)
-            self.write(settings | {"files": {DATABASE: {"version": -1}}})
+            if source is not None:
+                source.copy_to(database)
+            self.write(settings | {"files": {DATABASE: self.record_database(database)}})
         except BaseException:
             self.release()
             raise
         return database
+
+    def open(self, check: bool, immutable: bool = False) -> Database:
+        """Opens the database, and checks what the manifest names.
+
+        Raises:
+            ValueError: If something is damaged; it names the file.
+        """
+        if not self.database.is_file():
+            raise ValueError(f"{self.database} is missing. Restore it from a copy.")
+        database = Database(self.database, immutable=immutable)
+        try:
+            with database.reading():
+                found = self.problems(database) if check else []
+        except ValueError:
+            database.close()
+            raise
+        if found:
+            database.close()
+            raise ValueError(f"{found[0]} Restore it from a copy.")
+        return database
+
+    def problems(self, database: Database) -> list[str]:
+        """What is damaged in the files; inside of a reading transaction."""
+        found = []
+        if self.manifest["files"][DATABASE]["version"] == database.state().version:
+            damage = self.damage(DATABASE)
+            if damage is not None and self.read()["files"][DATABASE]["version"] == database.state().version:
+                found.append(damage)
+        else:  # it was not closed since it was changed last, so that only its own checksums are known
+            found.extend(database.problems())
+        if self.scan is not None and self.scan.exists():  # one that is missing is made anew
+            damage = self.damage(self.scan.name)
+            if damage is not None:
+                found.append(f"{damage} It is derived from {DATABASE}: deleted, it is made anew.")
+        return found
+
+    def snapshot(self, name: str, write: Callable[[Path], None]) -> None:
+        """Writes a snapshot under a name of its own; the manifest does not name it yet."""
+        scratch = self.path / f".{name}.tmp"
+        write(scratch)
+        replace_durably(scratch, self.path / name)
+
+    def record_database(self, database: Database) -> dict:
+        """What the manifest says of the database; nothing that can be checked while SQLite has a log beside it."""
+        if not database.is_settled():
+            return {"version": -1}
+        return self.record(self.database, version=database.state().version)
 
     def claim(self) -> None:
         """Becomes the one writer, until [`release`] or the end of the process.
@@ -72,6 +127,11 @@ class IndexFolder:
                 f"Another process or index writes to {self.path}: there is one writer at a time. Close it first; "
                 "reading goes on meanwhile."
             ) from None
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this is the one writer."""
+        return self._lock.is_locked
 
     def release(self) -> None:
         """Lets others write."""
@@ -127,6 +187,28 @@ class IndexFolder:
         if file_digest(file) != record["sha256"]:
             return f"{file} is damaged: its content is not what was written."
         return None
+
+
+def verify(folder: str | os.PathLike) -> list[str]:
+    """Checks a collection thoroughly: every file's checksum, SQLite's integrity, and every entry's checksum.
+
+    Returns:
+        What is damaged, each with the name of its file; nothing if all is well.
+    """
+    place = IndexFolder(folder)
+    try:
+        place.read()
+        database = place.open(check=False)
+    except ValueError as error:
+        return [str(error)]
+    try:
+        with database.reading():
+            found = [*place.problems(database), *database.problems()]
+    except ValueError as error:
+        found = [str(error)]
+    finally:
+        database.close()
+    return list(dict.fromkeys(found))
 
 
 def replace_durably(scratch: Path, target: Path) -> None:
