@@ -255,7 +255,7 @@ class Database:
             yield rows, codes_array([code for _, code in found])
             after = int(rows[-1])
 
-    def insert(self, rows: Sequence[Row]) -> None:
+    def insert(self, rows: Iterable[Row]) -> None:
         """Adds rows, inside of [`writing`]. Their ids are new."""
         run = self._connection.execute
         for row in rows:

@@ -1,32 +1,30 @@
 """A searchable collection of compressed embeddings, with texts and metadata."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
+from huggingface_hub import CommitInfo
 
 from ..bundled import load_quantizer
 from ..data.jobs import check_quantizer
 from ..modeling_rqmoe import RQMoEModel
-from ..saving import weights_checksum
-from .documents import CHUNK, Database, Document, Id, Row, State, codes_array
-from .embedding import Encoder, Intake
+from .collection import Collection
+from .documents import Database, Id
 from .filters import Filter
-from .inputs import as_ids, as_metadata, as_texts, check_lengths, ids_array
-from .ranking import SHORTLIST, Ranker
-from .storage import DATABASE, FORMAT, IndexFolder
+from .inputs import ids_array
+from .intake import Encoder
+from .ranking import SHORTLIST
+from .settings import Kind, Metric, Rescore, check_choice, make_settings
+from .sharing import download_index, push_index
+from .storage import DATABASE, IndexFolder
 
 REMOVALS = 10_000  # are kept on record in any case
-Metric = Literal["cosine", "inner_product", "l2"]
-Kind = Literal["auto", "flat", "ivf"]
-Rescore = Literal["auto", "floats", "codes", "tables"]
-Duplicates = Literal["error", "skip", "replace"]
 
 
-class RQMoEIndex:
+class RQMoEIndex(Collection):
     """Vectors as codes of a quantizer, with ids of the user's, texts and metadata; searched with uncompressed queries.
 
     With a folder every change is on disk when the call returns, whole or not at all, and the folder is the collection:
@@ -72,43 +70,11 @@ class RQMoEIndex:
         num_codebooks: int | None = None,
         keep_floats: bool = False,
     ):
-        _check_choice("metric", metric, ("cosine", "inner_product", "l2"))
-        _check_choice("kind", kind, ("auto", "flat", "ivf"))
-        if num_lists is not None and num_lists < 1:
-            raise ValueError(f"num_lists must be at least 1, got {num_lists}.")
         quantizer = load_quantizer(quantizer) if isinstance(quantizer, str) else quantizer
-        quantizer._require_initialized("be searched with")
-        config = quantizer.config
-        steps = config.num_codebooks if num_codebooks is None else num_codebooks
-        if not 1 <= steps <= config.num_codebooks:
-            raise ValueError(f"num_codebooks must lie between 1 and {config.num_codebooks}, got {num_codebooks}.")
-        settings = {
-            "format": FORMAT,
-            "quantizer": {
-                "model": quantizer.name_or_path,
-                "revision": quantizer.commit_hash,
-                "weights": weights_checksum(quantizer),
-                "num_codebooks": steps,
-                "codebook_size": config.code_sizes,
-                "hidden_size": config.hidden_size,
-            },
-            "metric": metric,
-            "kind": kind,
-            "num_lists": num_lists,
-            "keep_floats": keep_floats,
-            "encoder": encoder if isinstance(encoder, str) else None,
-        }
-        self._folder = None if folder is None else IndexFolder(folder)
-        database = Database(None) if self._folder is None else self._folder.create(settings)
-        self._open(quantizer, settings, encoder, database)
-
-    def _open(self, quantizer: RQMoEModel, settings: dict, encoder: Encoder | None, database: Database) -> None:
-        self.quantizer, self._database = quantizer, database
-        self.settings = {name: value for name, value in settings.items() if name != "files"}
-        steps, encoder = settings["quantizer"]["num_codebooks"], encoder or settings["encoder"]
-        self._intake = Intake(quantizer, steps, encoder or quantizer.config.base_model, settings["keep_floats"])
-        metric, kind, lists = settings["metric"], settings["kind"], settings["num_lists"]
-        self._ranker = Ranker(quantizer, database, steps, metric, kind, lists)
+        settings = make_settings(quantizer, metric, kind, num_lists, encoder, num_codebooks, keep_floats)
+        place = None if folder is None else IndexFolder(folder)
+        database = Database(None) if place is None else place.create(settings)
+        super().__init__(quantizer, settings, encoder, database, place)
 
     @classmethod
     def load(
@@ -132,207 +98,29 @@ class RQMoEIndex:
         return cls._load(IndexFolder(folder), quantizer, encoder, check)
 
     @classmethod
+    def _of(cls, *parts: Any) -> "RQMoEIndex":
+        """An index of parts that are there already; see [`Collection`]."""
+        index = cls.__new__(cls)
+        Collection.__init__(index, *parts)
+        return index
+
+    @classmethod
     def _load(
         cls, place: IndexFolder, quantizer: RQMoEModel | str | None, encoder: Encoder | None, check: bool,
         immutable: bool = False,
     ) -> "RQMoEIndex":  # fmt: skip
         manifest = place.read()
         made_by = manifest["quantizer"]
-        if quantizer is None or isinstance(quantizer, str):
-            quantizer = load_quantizer(quantizer or made_by["model"], revision=made_by["revision"])
+        if quantizer is None:
+            quantizer = load_quantizer(made_by["model"], revision=made_by["revision"])
+        elif isinstance(quantizer, str):
+            quantizer = load_quantizer(quantizer)
         check_quantizer(made_by, quantizer)
-        index = cls.__new__(cls)
-        index._folder = place
-        index._open(quantizer, manifest, encoder, place.open(check, immutable))
+        database = place.open(check, immutable)
+        index = cls._of(quantizer, manifest, encoder, database, place, immutable)
         if place.scan is not None and place.scan.exists():
             index._ranker.load(place.scan)
         return index
-
-    # --- what is in it -------------------------------------------------------------------------------------------
-
-    def __len__(self) -> int:
-        with self._database.reading() as state:
-            return state.count
-
-    def __contains__(self, id: Id) -> bool:
-        with self._database.reading():
-            return bool(self._database.find([id]))
-
-    def get(self, ids: Iterable[Id], missing_ok: bool = False) -> list[Document]:
-        """Texts and metadata.
-
-        Args:
-            ids: Of the documents.
-            missing_ok: Leave unknown ids out.
-
-        Raises:
-            ValueError: If an id is unknown.
-        """
-        with self._database.reading():
-            rows = self._rows(ids, missing_ok)
-            found = self._database.documents_of(rows)
-            return [found[row] for row in rows]
-
-    def documents(self, filter: Filter | None = None) -> Iterator[Document]:
-        """All documents that a filter holds for, in the order in which they were added."""
-        after = 0
-        while True:
-            with self._database.reading():
-                rows = self._database.matching(filter, after, CHUNK).tolist()
-                found = self._database.documents_of(rows)
-            yield from (found[row] for row in rows)
-            if len(rows) < CHUNK:
-                return
-            after = rows[-1]
-
-    def count(self, filter: Filter | None = None) -> int:
-        """How many vectors a filter holds for; see `rqmoe_hf.index.filters`."""
-        with self._database.reading() as state:
-            return state.count if filter is None else len(self._database.matching(filter))
-
-    def reconstruct(self, ids: Iterable[Id]) -> np.ndarray:
-        """What the codes restore, float32 `(n, hidden_size)`; of norm 1 if the quantizer's embeddings are.
-
-        Raises:
-            ValueError: If an id is unknown.
-        """
-        with self._database.reading():
-            rows = self._rows(ids, missing_ok=False)
-            codes = self._database.codes_of(rows)
-        if not rows:
-            return np.empty((0, self.quantizer.config.hidden_size), np.float32)
-        return self._ranker.restore(codes_array([codes[row] for row in rows]))
-
-    def _rows(self, ids: Iterable[Id], missing_ok: bool) -> list[int]:
-        """Row numbers of ids, in their order."""
-        listed = as_ids(ids)
-        found = self._database.find(listed)
-        unknown = [id for id in listed if id not in found]
-        if unknown and not missing_ok:
-            shown = ", ".join(map(repr, unknown[:5]))
-            raise ValueError(f"{len(unknown)} of {len(listed)} ids are not in the index: {shown}.")
-        return [found[id] for id in listed if id in found]
-
-    # --- changes -------------------------------------------------------------------------------------------------
-
-    def add(
-        self,
-        embeddings: Any = None,
-        *,
-        texts: Iterable[str] | None = None,
-        codes: np.ndarray | None = None,
-        ids: Iterable[Id] | None = None,
-        metadata: Iterable[dict | None] | None = None,
-        duplicates: Duplicates = "error",
-    ) -> np.ndarray:
-        """Adds vectors with their documents, all of them or none.
-
-        Args:
-            embeddings: Floats `(n, hidden_size)`, an array, a tensor or lists.
-            texts: Kept as the documents' texts. Without embeddings and codes the encoder embeds them.
-            codes: Packed codes of this quantizer instead of embeddings, uint8 `(n, bytes)`.
-            ids: Integers of 64 bits, or strings; one kind per index. Default: integers, counting on.
-            metadata: One JSON dictionary each, or None.
-            duplicates: What to do with ids that are there or come twice: "error"; "skip", so that what came first
-                stays; or "replace", so that what came last stays.
-
-        Returns:
-            The ids that were added, int64 `(n,)` or an array of strings.
-
-        Raises:
-            ValueError: If something is not as described, an id is there already, or nothing gives the vectors.
-            BlockingIOError: If another index writes to the folder.
-        """
-        _check_choice("duplicates", duplicates, ("error", "skip", "replace"))
-        written = None if texts is None else as_texts(texts)
-        packed, floats = self._intake.codes(embeddings, written, codes)
-        notes = None if metadata is None else as_metadata(metadata)
-        given = None if ids is None else as_ids(ids)
-        check_lengths(len(packed), texts=written, metadata=notes, ids=given)
-        with self._writing() as state:
-            given = list(range(state.next_id, state.next_id + len(packed))) if given is None else given
-            places, replaced = self._database.resolve(given, duplicates)
-            self._database.delete(replaced)
-            for start in range(0, len(places), CHUNK):
-                rows = [_row(place, given, packed, written, notes, floats) for place in places[start : start + CHUNK]]
-                self._database.insert(rows)
-            added = [given[place] for place in places]
-            state.count += len(added) - len(replaced)
-            state.next_id = max([state.next_id, *(id + 1 for id in added if isinstance(id, int))])
-        return ids_array(added)
-
-    def update(
-        self,
-        ids: Iterable[Id],
-        embeddings: Any = None,
-        *,
-        texts: Iterable[str] | None = None,
-        codes: np.ndarray | None = None,
-        metadata: Iterable[dict | None] | None = None,
-    ) -> None:
-        """Replaces parts of what is known of ids, for all of them or none; what is not given stays.
-
-        Texts without embeddings and codes are embedded by the encoder, as in [`add`]. Metadata are replaced whole.
-
-        Raises:
-            ValueError: If an id is unknown or comes twice, or something is not as [`add`] describes.
-        """
-        known = as_ids(ids)
-        written = None if texts is None else as_texts(texts)
-        notes = None if metadata is None else as_metadata(metadata)
-        packed = floats = None
-        if any(part is not None for part in (embeddings, written, codes)):
-            packed, floats = self._intake.codes(embeddings, written, codes)
-        check_lengths(len(known), texts=written, metadata=notes, vectors=None if packed is None else list(packed))
-        if len(set(known)) < len(known):
-            raise ValueError("An id comes twice: update each once.")
-        with self._writing():
-            rows = self._rows(known, missing_ok=False)
-            for start in range(0, len(rows), CHUNK):
-                part = slice(start, start + CHUNK)
-                made = self._database.rows_of(rows[part])
-                for place, row in enumerate(made, start):
-                    if packed is not None:
-                        row.code = packed[place].tobytes()
-                        row.floats = None if floats is None else floats[place].tobytes()
-                    row.text = row.text if written is None else written[place]
-                    row.metadata = row.metadata if notes is None else notes[place]
-                self._database.delete(rows[part])
-                self._database.insert(made)
-
-    def remove(
-        self, ids: Iterable[Id] | None = None, *, filter: Filter | None = None, missing_ok: bool = False
-    ) -> int:
-        """Removes vectors and documents, all that are named or none.
-
-        Args:
-            ids: Which; or a filter instead.
-            filter: Remove all that it holds for.
-            missing_ok: Pass over unknown ids.
-
-        Returns:
-            How many were removed.
-
-        Raises:
-            ValueError: If an id is unknown, or neither or both are given.
-        """
-        if (ids is None) == (filter is None):
-            raise ValueError("Give either the ids or the filter of what to remove.")
-        with self._writing() as state:
-            if ids is None:
-                rows = self._database.matching(filter).tolist()
-            else:
-                rows = sorted(set(self._rows(ids, missing_ok)))
-            self._database.delete(rows)
-            state.count -= len(rows)
-        return len(rows)
-
-    @contextmanager
-    def _writing(self) -> Iterator[State]:
-        if self._folder is not None:
-            self._writable()
-        with self._database.writing() as state:
-            yield state
 
     # --- searching -----------------------------------------------------------------------------------------------
 
@@ -368,7 +156,7 @@ class RQMoEIndex:
         Raises:
             ValueError: If queries are empty, of a wrong size or not finite, or a number is below 1.
         """
-        _check_choice("rescore", rescore, ("auto", "floats", "codes", "tables"))
+        check_choice("rescore", rescore, ("auto", "floats", "codes", "tables"))
         for name, number in (("top_k", top_k), ("shortlist", shortlist), ("nprobe", nprobe)):
             if number is not None and number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}.")
@@ -434,21 +222,66 @@ class RQMoEIndex:
             files[DATABASE] = place.record_database(self._database)
             place.write(self.settings | {"files": files})
 
-    def _copied(self, place: IndexFolder) -> "RQMoEIndex":
+    def _copied(self, place: IndexFolder, settings: dict[str, Any] | None = None) -> "RQMoEIndex":
         """A copy in a new folder."""
-        copy = type(self).__new__(type(self))
-        copy._folder, database = place, place.create(self.settings, self._database)
-        copy._open(self.quantizer, self.settings, self._intake.encoder.encoder, database)
+        settings = settings or self.settings
+        database, encoder = place.create(settings, self._database), self._intake.encoder.encoder
+        copy = self._of(self.quantizer, settings, encoder, database, place)
         copy._ranker.scanner, copy._ranker.progress = self._ranker.scanner, self._ranker.progress
         copy.save()
         return copy
 
-    def _writable(self) -> IndexFolder:
-        """The folder, of which this index is the one writer from now on."""
-        if self._folder is None:
-            raise ValueError("This index has no folder: name one to save it to.")
-        self._folder.claim()
-        return self._folder
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        quantizer_id: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+    ) -> CommitInfo:
+        """Sends the collection to a data set repository, in one commit: codes, ids, texts, metadata.
+
+        Args:
+            repo_id: Where to, such as "org/my-index"; created if it does not exist.
+            quantizer_id: Hub id of the quantizer, if it was loaded from a folder. Push it first.
+            private: Make a new repository private.
+            token: Hub token.
+            revision: Branch; created if it does not exist.
+            commit_message: Default "Upload index".
+
+        Raises:
+            ValueError: If nothing says how others can load the quantizer.
+        """
+        return push_index(self, repo_id, quantizer_id, private, token, revision, commit_message)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_id: str,
+        quantizer: RQMoEModel | str | None = None,
+        encoder: Encoder | None = None,
+        *,
+        folder: str | os.PathLike | None = None,
+        revision: str | None = None,
+        token: bool | str | None = None,
+    ) -> "RQMoEIndex":
+        """Loads a collection from the Hub.
+
+        Args:
+            repo_id: Of the data set repository.
+            quantizer: See [`load`].
+            encoder: See [`load`].
+            folder: Where to put a copy that can be changed. None reads what lies in the Hub's cache.
+            revision: Branch, tag or commit.
+            token: Hub token.
+
+        Raises:
+            ValueError: As [`load`]; or the folder holds an index already.
+        """
+        place = download_index(repo_id, revision, token, folder)
+        return cls._load(IndexFolder(place), quantizer, encoder, check=True, immutable=folder is None)
 
     def close(self) -> None:
         """Ends the use of the folder, so that others may write. The index cannot be used afterwards."""
@@ -467,18 +300,3 @@ class RQMoEIndex:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-
-def _row(place: int, ids: list[Id], codes: np.ndarray, texts: list[str] | None, metadata: list[str | None] | None,
-         floats: np.ndarray | None) -> Row:  # fmt: skip
-    return Row(
-        ids[place],
-        codes[place].tobytes(),
-        None if texts is None else texts[place],
-        None if metadata is None else metadata[place],
-        None if floats is None else floats[place].tobytes(),
-    )
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")

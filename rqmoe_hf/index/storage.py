@@ -9,6 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ..codes import bytes_per_vector
 from .documents import Database
 
 MANIFEST = "manifest.json"
@@ -209,6 +210,31 @@ def verify(folder: str | os.PathLike) -> list[str]:
     finally:
         database.close()
     return list(dict.fromkeys(found))
+
+
+def describe(folder: str | os.PathLike) -> dict[str, str]:
+    """What a collection is and holds, in words."""
+    place = IndexFolder(folder)
+    manifest = place.read()
+    made_by, database = manifest["quantizer"], place.open(check=False)
+    try:
+        with database.reading() as state:
+            count = state.count
+    finally:
+        database.close()
+    at = f" at revision {made_by['revision']}" if made_by["revision"] else ""
+    width = bytes_per_vector(made_by["num_codebooks"], made_by["codebook_size"])
+    size = sum(file.stat().st_size for file in place.path.iterdir() if file.is_file())
+    return {
+        "vectors": f"{count:,}",
+        "bytes per vector": f"{width} (float32: {4 * made_by['hidden_size']})",
+        "on disk": f"{size / 1e6:.1f} MB, with ids, texts and metadata",
+        "quantizer": f"{made_by['model']}{at}, weights {made_by['weights']}",
+        "metric": manifest["metric"],
+        "scan": manifest["kind"],
+        "floats kept": "yes" if manifest["keep_floats"] else "no",
+        "ready to scan": "yes" if place.scan is not None and place.scan.exists() else "made when it is first searched",
+    }
 
 
 def replace_durably(scratch: Path, target: Path) -> None:

@@ -1,14 +1,15 @@
 """What comes into an index: texts by whatever encoder the user has, embeddings and codes by the quantizer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from ..codes import bytes_per_vector, unpack_codes
 from ..modeling_rqmoe import RQMoEModel
-from .documents import CHUNK
-from .inputs import as_texts, as_vectors, check_finite
+from .documents import CHUNK, Id, Row
+from .inputs import as_metadata, as_texts, as_vectors, check_finite, check_lengths
 from .ranking import normalized
 
 
@@ -58,6 +59,43 @@ class TextEncoder:
         return loaded
 
 
+@dataclass
+class Batch:
+    """What is to be written for some vectors, checked; what was not given is None.
+
+    Args:
+        size: Number of vectors.
+        codes: uint8 `(n, bytes)`.
+        floats: float16 `(n, d)`.
+        texts: n texts.
+        metadata: n JSON objects, or None for those without.
+    """
+
+    size: int
+    codes: np.ndarray | None
+    floats: np.ndarray | None
+    texts: list[str] | None
+    metadata: list[str | None] | None
+
+    def __len__(self) -> int:
+        return self.size
+
+    def row(self, place: int, id: Id) -> Row:
+        """The row of one vector, under an id."""
+        return self.change(place, Row(id, b""))
+
+    def change(self, place: int, row: Row) -> Row:
+        """A row with everything in its place that was given."""
+        if self.codes is not None:
+            row.code = self.codes[place].tobytes()
+            row.floats = None if self.floats is None else self.floats[place].tobytes()
+        if self.texts is not None:
+            row.text = self.texts[place]
+        if self.metadata is not None:
+            row.metadata = self.metadata[place]
+        return row
+
+
 class Intake:
     """Turns what users give into codes and queries, and refuses what is none.
 
@@ -73,6 +111,20 @@ class Intake:
         self.encoder = TextEncoder(encoder)
         self.size = quantizer.config.hidden_size
         self.code_bytes = bytes_per_vector(steps, quantizer.config.code_sizes)
+
+    def batch(
+        self, embeddings: Any, texts: Iterable[str] | None, codes: Any, metadata: Iterable[Any] | None,
+        size: int | None = None,
+    ) -> Batch:  # fmt: skip
+        """Checks and compresses what is given. With a size, that of the batch, vectors need not be among it."""
+        written = None if texts is None else as_texts(texts)
+        notes = None if metadata is None else as_metadata(metadata)
+        packed = floats = None
+        if size is None or not (embeddings is None and written is None and codes is None):
+            packed, floats = self.codes(embeddings, written, codes)
+        count = len(packed) if packed is not None else size or 0
+        check_lengths(count, texts=written, metadata=notes)
+        return Batch(count, packed, floats, written, notes)
 
     def codes(self, embeddings: Any, texts: list[str] | None, codes: Any) -> tuple[np.ndarray, np.ndarray | None]:
         """Packed codes, uint8 `(n, bytes)`, of what is given, and float16 vectors `(n, d)` if they are kept."""
