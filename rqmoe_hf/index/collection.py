@@ -158,7 +158,7 @@ class Collection:
             given = list(range(state.next_id, state.next_id + len(batch))) if given is None else given
             places, replaced = self._database.resolve(given, duplicates)
             self._database.delete(replaced)
-            self._database.insert(batch.row(place, given[place]) for place in places)
+            self._database.insert((batch.row(place, given[place]) for place in places), state)
             added = [given[place] for place in places]
             state.count += len(added) - len(replaced)
             state.next_id = max([state.next_id, *(id + 1 for id in added if isinstance(id, int))])
@@ -233,13 +233,13 @@ class Collection:
         check_lengths(len(batch), ids=known)
         if len(set(known)) < len(known):
             raise ValueError("An id comes twice: update each once.")
-        with self._writing():
+        with self._writing() as state:
             rows = self._rows(known, missing_ok=False)
             for start in range(0, len(rows), CHUNK):
                 part = rows[start : start + CHUNK]
                 changed = [batch.change(place, row) for place, row in enumerate(self._database.rows_of(part), start)]
                 self._database.delete(part)
-                self._database.insert(changed)
+                self._database.insert(changed, state)
 
     def remove(
         self, ids: Iterable[Id] | None = None, *, filter: Filter | None = None, missing_ok: bool = False

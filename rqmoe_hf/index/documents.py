@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from .filters import Filter, compile_filter
 Id = int | str
 SCHEMA = (
     "CREATE TABLE state (name TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID",
-    "CREATE TABLE vectors (row INTEGER PRIMARY KEY AUTOINCREMENT, id NOT NULL UNIQUE, code BLOB NOT NULL, "
+    "CREATE TABLE vectors (row INTEGER PRIMARY KEY, id NOT NULL UNIQUE, code BLOB NOT NULL, "
     "checksum INTEGER NOT NULL)",
     "CREATE TABLE documents (row INTEGER PRIMARY KEY, text TEXT, metadata TEXT)",
     "CREATE TABLE floats (row INTEGER PRIMARY KEY, vector BLOB NOT NULL)",
@@ -39,6 +40,7 @@ class State:
     Args:
         version: Number of transactions so far.
         count: Vectors in the collection.
+        next_row: Number of the next row.
         next_id: The id that a vector gets that comes without one.
         forgotten: Number of the last removal that is not on record any more.
         sources: JSON object: how many rows of each source are in, for additions that go on after an interruption.
@@ -46,6 +48,7 @@ class State:
 
     version: int = 0
     count: int = 0
+    next_row: int = 1
     next_id: int = 0
     forgotten: int = 0
     sources: str = "{}"
@@ -78,9 +81,12 @@ class Row:
     @property
     def checksum(self) -> int:
         """CRC-32 over all of it."""
-        parts = (repr(self.id), self.text, self.metadata)
-        written = json.dumps(parts).encode() + b"\0" + self.code + b"\0" + (self.floats or b"")
-        return zlib.crc32(written)
+        checksum = zlib.crc32(repr(self.id).encode() if isinstance(self.id, int) else b"s" + self.id.encode())
+        for part in (self.code, self.text, self.metadata, self.floats):
+            written = part.encode() if isinstance(part, str) else part
+            length = b"none" if written is None else len(written).to_bytes(8, "little")
+            checksum = zlib.crc32(written or b"", zlib.crc32(length, checksum))
+        return checksum
 
 
 class Database:
@@ -255,16 +261,21 @@ class Database:
             yield rows, codes_array([code for _, code in found])
             after = int(rows[-1])
 
-    def insert(self, rows: Iterable[Row]) -> None:
-        """Adds rows, inside of [`writing`]. Their ids are new."""
-        run = self._connection.execute
-        for row in rows:
-            vector = (row.id, row.code, row.checksum)
-            number = run("INSERT INTO vectors (id, code, checksum) VALUES (?, ?, ?)", vector).lastrowid
-            if row.text is not None or row.metadata is not None:
-                run("INSERT INTO documents VALUES (?, ?, ?)", (number, row.text, row.metadata))
-            if row.floats is not None:
-                run("INSERT INTO floats VALUES (?, ?)", (number, row.floats))
+    def insert(self, rows: Iterable[Row], state: State) -> None:
+        """Adds rows whose ids are new, inside of [`writing`]; their numbers are counted in its state."""
+        numbered = enumerate(rows, state.next_row)
+        while part := list(islice(numbered, CHUNK)):
+            state.next_row = part[-1][0] + 1
+            vectors = [(number, row.id, row.code, row.checksum) for number, row in part]
+            documents = [
+                (number, row.text, row.metadata)
+                for number, row in part
+                if row.text is not None or row.metadata is not None
+            ]
+            floats = [(number, row.floats) for number, row in part if row.floats is not None]
+            self._connection.executemany("INSERT INTO vectors VALUES (?, ?, ?, ?)", vectors)
+            self._connection.executemany("INSERT INTO documents VALUES (?, ?, ?)", documents)
+            self._connection.executemany("INSERT INTO floats VALUES (?, ?)", floats)
 
     def delete(self, rows: Iterable[int]) -> None:
         """Removes rows by number, inside of [`writing`]."""

@@ -171,12 +171,11 @@ class Ranker:
         """Rows that the tables rank highest, `(n, shortlist)`, -1 where there are fewer."""
         asked = normalized(queries) if self.scanned == "cosine" else queries
         probed = nprobe or max(8, scanner.lists // 16)
-        threshold = 0.0
-        rows = scanner.search(asked, shortlist, probed, threshold, allowed)[1]
+        rows = scanner.search(asked, shortlist, probed, allowed)[1]
         if allowed is None and probed < scanner.lists:
             short = (rows >= 0).sum(axis=1) < count  # the lists scanned hold too few
             if short.any():
-                rows[short] = scanner.search(asked[short], shortlist, scanner.lists, threshold)[1]
+                rows[short] = scanner.search(asked[short], shortlist, scanner.lists)[1]
         return rows
 
     def _rank(self, queries, candidates, count: int, rescore: str) -> tuple[np.ndarray, np.ndarray]:

@@ -2,8 +2,10 @@
 
 A code's score is the query's inner product with a sum of table vectors, one per code (see `rqmoe_hf.additive`). What
 ranks by cosine or by distance needs the norm of that sum, too. It is one more code, of 8 bits, whose table has its
-value in two dimensions that the query fills in: the sum is then `q . x + a |x| + b |x|^2`, and Faiss scans all metrics
-in the same way. With a = -c, codes whose cosine is above c are exactly those whose score is above 0.
+value in two dimensions that the query fills in: the sum is then `q . x + a |x| + b |x|^2`, and Faiss scans all
+metrics in the same way. With a = -c, codes whose cosine is above c are exactly those whose score is above 0. If c is
+the cosine at which the shortlist ends, the shortlist is therefore the one by cosine; the cosines with a sample of the
+codes tell where that is, closely enough.
 """
 
 import json
@@ -26,6 +28,7 @@ FIT_ROWS = 32_768
 POINTS_PER_LIST = 48
 ITERATIONS = 10
 RIDGE = 1.0
+PROBES = 1_024
 EXTRA = 2  # dimensions for the norm and its square
 
 
@@ -37,11 +40,13 @@ class Tables:
         codewords: One float32 `(2 ** bits, hidden_size)` per code; the reconstruction's mean is part of the first.
         norms: Norm that each value of the norm's code stands for, float32 `(256,)`; None if norms are not needed.
         centroids: float32 `(lists, hidden_size)` of the inverted lists; one for a flat scan.
+        probes: Sums of a sample of codes at norm 1, float32 `(p, hidden_size)`; for "cosine" only.
     """
 
     codewords: list[np.ndarray]
     norms: np.ndarray | None
     centroids: np.ndarray
+    probes: np.ndarray | None = None
 
 
 def exact_codewords(quantizer: RQMoEModel, steps: int) -> list[np.ndarray]:
@@ -198,17 +203,14 @@ class Scanner:
         queries: np.ndarray,
         count: int,
         nprobe: int,
-        threshold: np.ndarray | float = 0.0,
         rows: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The rows of highest score.
 
         Args:
-            queries: float32 `(n, hidden_size)`.
+            queries: float32 `(n, hidden_size)`, for "cosine" of norm 1.
             count: Rows per query.
             nprobe: Lists to scan.
-            threshold: For "cosine": the cosine, with queries of norm 1, about which the ranking is exact; one for all
-                queries, or one each.
             rows: Scan only these, int64, ascending; lists play no part then.
 
         Returns:
@@ -217,7 +219,7 @@ class Scanner:
         asked = np.zeros((len(queries), self.size + EXTRA), np.float32)
         asked[:, : self.size] = queries
         if self.metric == "cosine":
-            asked[:, -2] = -np.asarray(threshold)
+            asked[:, -2] = -self.thresholds(queries, count / max(len(self) if rows is None else len(rows), 1))
         if self.metric == "l2":
             asked[:, -1] = -0.5
         if rows is None:
@@ -226,6 +228,14 @@ class Scanner:
         index, labels = self._only(rows)
         scores, found = index.search(asked, min(count, max(len(labels), 1)))
         return scores, np.where(found < 0, -1, labels[found]) if len(labels) else np.full(found.shape, -1)
+
+    def thresholds(self, queries: np.ndarray, share: float) -> np.ndarray:
+        """The cosine that about a share of all codes exceeds, for each query: float32 `(n,)`."""
+        probes = self.tables.probes
+        if probes is None:
+            return np.zeros(len(queries), np.float32)
+        rank = min(max(int(np.ceil(share * len(probes))), 1), len(probes))
+        return np.partition(queries @ probes.T, -rank, axis=1)[:, -rank]
 
     def _only(self, rows: np.ndarray):
         """A flat index of some rows, since Faiss's additive scanners cannot leave rows out; and their numbers."""
@@ -275,8 +285,8 @@ class Scanner:
             part[: codes.size], part[codes.size :] = codes.reshape(-1), rows.view(np.uint8)
             sizes[number], place = len(rows), place + len(part)
         arrays = {"lists": lists, "sizes": sizes, "centroids": self.tables.centroids}
-        if self.tables.norms is not None:
-            arrays["norms"] = self.tables.norms
+        more = {"norms": self.tables.norms, "probes": self.tables.probes}
+        arrays |= {name: array for name, array in more.items() if array is not None}
         if with_codewords:
             arrays["codewords"] = np.concatenate(self.tables.codewords)
         save_file(arrays, file, {name: str(value) for name, value in notes.items()})
@@ -306,7 +316,7 @@ class Scanner:
                 arrays = {name: opened.get_tensor(name) for name in opened.keys() if name != "lists"}  # noqa: SIM118
             if codewords is None:
                 codewords = np.split(arrays["codewords"], np.cumsum([1 << width for width in bits])[:-1])
-            tables = Tables(codewords, arrays.get("norms"), arrays["centroids"])
+            tables = Tables(codewords, arrays.get("norms"), arrays["centroids"], arrays.get("probes"))
             scanner = cls(tables, code_bytes, metric)
             scanner._map(file, arrays["sizes"])
         except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
@@ -360,7 +370,11 @@ def fit_scanner(quantizer: RQMoEModel, sample: np.ndarray, steps: int, metric: s
     lengths = np.linalg.norm(sums, axis=1)
     norms = np.linspace(lengths.min(), lengths.max(), NORM_LEVELS, dtype=np.float32)
     centroids = flat if lists == 1 else find_centroids(sums, lists, spherical=metric != "l2")
-    return Scanner(Tables(codewords, None if metric == "inner_product" else norms, centroids), sample.shape[1], metric)
+    tables = Tables(codewords, None if metric == "inner_product" else norms, centroids)
+    if metric == "cosine":
+        rows = np.unique(np.linspace(0, len(sums) - 1, PROBES).astype(int))
+        tables.probes = sums[rows] / np.maximum(lengths[rows, None], 1e-12)
+    return Scanner(tables, sample.shape[1], metric)
 
 
 def _span(file: Path, name: str) -> tuple[int, int]:
