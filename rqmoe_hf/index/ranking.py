@@ -12,6 +12,7 @@ from .scanning import FIT_ROWS, POINTS_PER_LIST, Scanner, exact_codewords, fit_s
 
 FLAT_UP_TO = 50_000  # codes
 GROWTH = 4  # tables and lists are made anew when the collection has grown so much
+FOREIGN = "The snapshot of the index does not belong to its database: delete scan-*.safetensors; it is made anew."
 BLOCK = 16_384  # vectors restored at a time
 DECODE_UP_TO = 1_024  # rows that a filter leaves: scanning them would not pay
 SHORTLIST = 100
@@ -163,7 +164,10 @@ class Ranker:
             candidates = np.broadcast_to(rows, (len(queries), len(rows)))
         else:
             candidates = self._shortlist(queries, count, shortlist, nprobe, allowed, self.refresh(state))
-        return self._rank(queries, candidates, count, rescore)
+        scores, rows = self._rank(queries, candidates, count, rescore)
+        if (rows < 0).any():
+            raise ValueError(FOREIGN)
+        return scores, rows
 
     def _shortlist(
         self, queries, count: int, shortlist: int, nprobe: int | None, allowed, scanner: Scanner
@@ -215,7 +219,7 @@ class Ranker:
         """What is known of rows, float32 `(n, hidden_size)`: their floats, reconstructions or sums of tables."""
         found = self.database.codes_of(rows)
         if len(found) < len(rows):
-            raise ValueError("The snapshot of the index does not belong to its database: delete scan-*.safetensors.")
+            raise ValueError(FOREIGN)
         codes = codes_array([found[row] for row in rows.tolist()])
         vectors = self.scanner.sums(codes) if source == "tables" and self.scanner else self.restore(codes)
         if source == "floats":

@@ -150,9 +150,10 @@ class IndexFolder:
         if not file.is_file():
             raise ValueError(f"{self.path} holds no index: it has no {MANIFEST}.")
         try:
-            manifest = json.loads(file.read_text("utf-8"))
-            checksum = manifest.pop("checksum")
-            whole = checksum == _digest(manifest)
+            text = file.read_text("utf-8")
+            manifest = json.loads(text)
+            del manifest["checksum"]
+            whole = text == _written(manifest)
         except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
             whole = False
         if not whole:
@@ -164,9 +165,8 @@ class IndexFolder:
 
     def write(self, manifest: dict) -> None:
         """Replaces the manifest in one step, and removes snapshots that it does not name."""
-        text = json.dumps(manifest | {"checksum": _digest(manifest)}, indent=1) + "\n"
         scratch = self.path / f".{MANIFEST}.tmp"
-        scratch.write_text(text, "utf-8")
+        scratch.write_text(_written(manifest), "utf-8")
         replace_durably(scratch, self.path / MANIFEST)
         self.manifest = manifest
         for file in [*self.path.glob("scan-*.safetensors"), *self.path.glob(".*.tmp")]:
@@ -256,5 +256,7 @@ def file_digest(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _digest(manifest: dict) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+def _written(manifest: dict) -> str:
+    """A manifest as text, with its own checksum."""
+    checksum = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    return json.dumps(manifest | {"checksum": checksum}, indent=1) + "\n"
