@@ -358,6 +358,30 @@ def test_two_readers_and_a_writer(tmp_path, processes):
     assert verify(folder) == []
 
 
+@pytest.mark.parametrize("when", ["before the database is opened", "while it is checked"])
+def test_opening_while_another_process_saves(filled, clustered, monkeypatch, when):
+    """The writer replaces the snapshot after the reader has read which one there is."""
+    from rqmoe_hf.index.storage import IndexFolder
+
+    name = "open" if when.startswith("before") else "damage"
+    writer, step, done = RQMoEIndex.load(filled, MODEL), getattr(IndexFolder, name), []
+
+    def late(self, *arguments, **options):
+        if len(done) < 2 and not self.is_writer:
+            done.append(1)
+            writer.add(clustered[:1])
+            writer.save()
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(IndexFolder, name, late)
+    with RQMoEIndex.load(filled, MODEL) as index:
+        assert len(index) == 402 and len(done) == 2
+        assert index._ranker.scanner is not None
+    done.clear()
+    assert verify(filled) == [] and done
+    writer.close()
+
+
 def test_saving_an_index_that_has_no_folder(tmp_path, clustered):
     index = RQMoEIndex(MODEL)
     index.add(clustered[:300], ids=[f"id {n}" for n in range(300)], texts=["text"] * 300)

@@ -30,6 +30,7 @@ SCHEMA = (
 CHUNK = 16_384
 BOUND = 10_000  # values in one statement
 BUSY_SECONDS = 30
+CHECKPOINT_MILLISECONDS = 200
 MAPPED_BYTES = 1 << 30
 
 
@@ -163,8 +164,11 @@ class Database:
                 state.version += 1
                 values = vars(state) | {"checksum": state.checksum}
                 self._connection.executemany("INSERT OR REPLACE INTO state VALUES (?, ?)", values.items())
-            # A log with committed pages would be a second place where damage could go unnoticed.
+            # A log with committed pages would be a second place where damage could go unnoticed. Readers may keep it
+            # from being emptied; the next change does it then.
+            self._connection.execute(f"PRAGMA busy_timeout = {CHECKPOINT_MILLISECONDS}")
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self._connection.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000}")
 
     @contextmanager
     def _transaction(self, begin: str) -> Iterator[None]:

@@ -116,11 +116,19 @@ class RQMoEIndex(Collection):
         elif isinstance(quantizer, str):
             quantizer = load_quantizer(quantizer)
         check_quantizer(made_by, quantizer)
-        database = place.open(check, immutable)
-        index = cls._of(quantizer, manifest, encoder, database, place, immutable)
-        if place.scan is not None and place.scan.exists():
-            index._ranker.load(place.scan)
-        return index
+        while True:
+            failure, before = None, manifest
+            try:
+                index = cls._of(quantizer, manifest, encoder, place.open(check, immutable), place, immutable)
+                if place.scan is None or index._ranker.load(place.scan):
+                    return index
+            except (ValueError, OSError) as error:
+                failure = error
+            manifest = place.read()
+            if manifest == before:  # no writer has replaced the files meanwhile
+                if failure is not None:
+                    raise failure
+                return index
 
     # --- searching -----------------------------------------------------------------------------------------------
 

@@ -78,17 +78,20 @@ class Ranker:
         """Writes a snapshot of the scanner, brought up to date; inside of a transaction."""
         self.refresh(state).save(file, vars(self.progress), self.quantizer.config.has_experts)
 
-    def load(self, file: Path) -> None:
-        """Opens a snapshot instead of making a scanner.
+    def load(self, file: Path) -> bool:
+        """Opens a snapshot instead of making a scanner; whether there is one.
 
         Raises:
             ValueError: If the file is no snapshot of this collection.
         """
+        if not file.exists():
+            return False
         sizes = sizes_of(self.steps, self.quantizer.config.code_sizes)
         bits, width = [bits_per_code(size) for size in sizes], bytes_per_vector(self.steps, sizes)
         known = None if self.quantizer.config.has_experts else exact_codewords(self.quantizer, self.steps)
         self.scanner, notes = Scanner.load(file, known, bits, width, self.scanned)
         self.progress = Progress(**notes)
+        return True
 
     def rebuild(self, state: State) -> Scanner:
         """A scanner with tables and lists fitted to what is there now."""

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -196,19 +196,17 @@ def verify(folder: str | os.PathLike) -> list[str]:
     Returns:
         What is damaged, each with the name of its file; nothing if all is well.
     """
-    place = IndexFolder(folder)
-    try:
-        place.read()
-        database = place.open(check=False)
-    except ValueError as error:
-        return [str(error)]
-    try:
-        with database.reading():
-            found = [*place.problems(database), *database.problems()]
-    except ValueError as error:
-        found = [str(error)]
-    finally:
-        database.close()
+    place, found, before = IndexFolder(folder), [], None
+    while before != place.manifest:  # damage is none if a writer replaced the files meanwhile
+        before = place.manifest
+        try:
+            place.read()
+            with closing(place.open(check=False)) as database, database.reading():
+                found = [*place.problems(database), *database.problems()]
+        except (ValueError, OSError) as error:
+            found = [str(error)]
+        if not found:
+            return []
     return list(dict.fromkeys(found))
 
 
