@@ -31,7 +31,6 @@ with needs_extra("llama-index"):
     )
     from llama_index.core.vector_stores.utils import metadata_dict_to_node, node_to_metadata_dict
 
-MMR_PREFETCH_FACTOR = 4
 OPERATORS = {
     FilterOperator.EQ: "$eq",
     FilterOperator.NE: "$ne",
@@ -194,23 +193,36 @@ class RQMoEVectorStore(BasePydanticVectorStore):
         if query.doc_ids:
             filter = {"$and": [filter or {}, {"ref_doc_id": {"$in": query.doc_ids}}]}
         among = [found.id for found in self._found(query.node_ids, None)] if query.node_ids else None
-        top_k = query.similarity_top_k
-        threshold = kwargs.pop("mmr_threshold", query.mmr_threshold)
-        factor, wanted = kwargs.pop("mmr_prefetch_factor", MMR_PREFETCH_FACTOR), kwargs.pop("mmr_prefetch_k", None)
-        diverse = query.mode == VectorStoreQueryMode.MMR
-        count = max(top_k, wanted or int(factor * top_k)) if diverse else top_k
-        vector = np.asarray(query.query_embedding, np.float32)
-        scores, ids = self._index.search(vector, count, filter=filter, ids=among, **kwargs)
-        similarities, chosen = scores.tolist(), ids.tolist()
-        if diverse:
-            restored = list(self._index.reconstruct(ids))
-            similarities, chosen = get_top_k_mmr_embeddings(
-                query.query_embedding, restored, None, top_k, chosen, mmr_threshold=threshold
-            )
-        found = {document.id: document for document in self._index.get(chosen, missing_ok=True)}
-        hits = [(_to_node(found[id]), score) for id, score in zip(chosen, similarities, strict=True) if id in found]
+        search = self._diverse if query.mode == VectorStoreQueryMode.MMR else self._nearest
+        scores, ids = search(query, filter=filter, ids=among, **kwargs)
+        found = {document.id: document for document in self._index.get(ids, missing_ok=True)}
+        hits = [(_to_node(found[id]), float(score)) for score, id in zip(scores, ids, strict=True) if id in found]
         nodes = [node for node, _ in hits]
-        return VectorStoreQueryResult(nodes, [float(score) for _, score in hits], [node.node_id for node in nodes])
+        return VectorStoreQueryResult(nodes, [score for _, score in hits], [node.node_id for node in nodes])
+
+    def _nearest(self, query: VectorStoreQuery, **kwargs: Any) -> tuple[Sequence[float], Sequence[Any]]:
+        scores, ids = self._index.search(np.asarray(query.query_embedding), query.similarity_top_k, **kwargs)
+        return scores.tolist(), ids.tolist()
+
+    def _diverse(
+        self,
+        query: VectorStoreQuery,
+        mmr_threshold: float | None = None,
+        mmr_prefetch_factor: float = 4,
+        mmr_prefetch_k: int | None = None,
+        **kwargs: Any,
+    ) -> tuple[Sequence[float], Sequence[Any]]:
+        """Chosen among more nodes than asked for by their reconstructed embeddings; scores are what MMR gives them."""
+        wanted = max(query.similarity_top_k, mmr_prefetch_k or int(mmr_prefetch_factor * query.similarity_top_k))
+        _, ids = self._index.search(np.asarray(query.query_embedding), wanted, **kwargs)
+        threshold = query.mmr_threshold if mmr_threshold is None else mmr_threshold
+        return get_top_k_mmr_embeddings(
+            query.query_embedding,  # type: ignore[arg-type]
+            list(self._index.reconstruct(ids)),  # type: ignore[arg-type]
+            similarity_top_k=query.similarity_top_k,
+            embedding_ids=ids.tolist(),
+            mmr_threshold=threshold,
+        )
 
     # --- asynchronous: the same in another thread ------------------------------------------------------------------
 
