@@ -1,8 +1,11 @@
 """Haystack's own conformance suites over the document store, and the store beside the framework's in-memory one."""
 
 import asyncio
+import os
 from dataclasses import replace
 from datetime import datetime
+
+os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"
 
 import numpy as np
 import pytest

@@ -134,7 +134,8 @@ def test_relevance_lies_between_0_and_1(quantizer, embedding, metric, least, mos
     scores = [score for _, score in found]
     assert metric == "inner_product" or found[0][0].page_content == "text 3"
     assert scores == sorted(scores, reverse=True) and min(scores) >= least and max(scores) <= most
-    retriever = store.as_retriever(search_type="similarity_score_threshold", search_kwargs={"score_threshold": scores[2]})
+    above = {"search_type": "similarity_score_threshold", "search_kwargs": {"score_threshold": scores[2]}}
+    retriever = store.as_retriever(**above)
     assert [document.page_content for document in retriever.invoke("text 3")] == [d.page_content for d, _ in found[:3]]
 
 

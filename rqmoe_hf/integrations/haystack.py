@@ -33,8 +33,10 @@ DUPLICATES = {DuplicatePolicy.SKIP: "skip", DuplicatePolicy.OVERWRITE: "replace"
 class RQMoEDocumentStore:
     """Documents with embeddings of some bytes each, for Haystack.
 
-    Filters are evaluated before scanning, on `meta` and on `id`. Strings are ordered as strings, so dates in ISO format
-    must be written alike. Documents without an embedding are stored, too, but never retrieved.
+    Filters are evaluated before scanning, on `meta` and on `id`. Strings are compared as strings, so dates in ISO
+    format must all be written alike. Documents without an embedding are stored, too, but never retrieved. A saved
+    pipeline is loaded with `Pipeline.loads(..., allowed_modules=["rqmoe_hf.*"])`, as all components from outside
+    Haystack are.
 
     Args:
         quantizer: The quantizer, or its bundled name, folder or Hub id: that of the embedder. May be left out if the

@@ -105,7 +105,7 @@ class RQMoEVectorStore(VectorStore):
         return store
 
     def save(self, folder: str | os.PathLike | None = None) -> None:
-        """Prepares the folder for quick loading, or keeps a store of this process in a folder; see `RQMoEIndex.save`."""
+        """Prepares the folder for quick loading, or keeps a store of this process in one; see `RQMoEIndex.save`."""
         self.index.save(folder)
 
     # --- changes -------------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ class RQMoEVectorStore(VectorStore):
         return named
 
     def delete(self, ids: list[str] | None = None, *, filter: dict | None = None, **_: Any) -> bool:
-        """Removes documents by their ids, unknown ones being passed over, or by a filter; without either all of them."""
+        """Removes documents by ids, passing over unknown ones, or by a filter; without either all of them."""
         if ids is not None:
             self.index.remove(own_ids(self.index, ids), missing_ok=True)
         else:

@@ -47,16 +47,16 @@ OPERATORS = {
 class RQMoEVectorStore(BasePydanticVectorStore):
     """Nodes with embeddings of some bytes each, for LlamaIndex.
 
-    Nodes, which are stored whole, are added under their ids and replace those that have them. Metadata filters of all
-    operators and conditions, also nested, are evaluated before scanning. Query modes are the default one and MMR, which
-    takes `mmr_threshold`, and `mmr_prefetch_factor` or `mmr_prefetch_k` for how many nodes it chooses from.
-    `vector_store_kwargs` may also hold `shortlist`, `rescore` and `nprobe`, see `RQMoEIndex.search`.
+    Nodes are stored whole, under their ids, and replace those that have them. Metadata filters, also nested ones, are
+    evaluated before scanning. Query modes are the default one and MMR, which takes `mmr_threshold`, and
+    `mmr_prefetch_factor` or `mmr_prefetch_k` for how many nodes it chooses from. `vector_store_kwargs` may also hold
+    `shortlist`, `rescore` and `nprobe`, see `RQMoEIndex.search`.
 
     Args:
-        quantizer: The quantizer, or its bundled name, folder or Hub id: that of the embedding model. May be left out if
-            the folder holds a collection.
-        folder: Where the collection is, or will be. Every change is on disk when the call returns, and there is nothing
-            to persist. None keeps it in this process, until `StorageContext.persist` writes it to a folder.
+        quantizer: The quantizer, or its bundled name, folder or Hub id: that of the embedding model. May be left out
+            if the folder holds a collection.
+        folder: Where the collection is, or will be. Every change is on disk when the call returns, so there is
+            nothing to persist. None keeps it in this process, until `StorageContext.persist` writes it to a folder.
         index: A collection that is open already, instead of quantizer and folder.
         settings: Further arguments of `RQMoEIndex`, such as `metric`, `num_codebooks` or `keep_floats`.
 
@@ -186,7 +186,7 @@ class RQMoEVectorStore(BasePydanticVectorStore):
             ValueError: If there is no embedding, or the mode is neither the default nor MMR.
         """
         if query.mode not in (VectorStoreQueryMode.DEFAULT, VectorStoreQueryMode.MMR):
-            raise ValueError(f"The query mode {query.mode.value!r} needs more than embeddings: use 'default' or 'mmr'.")
+            raise ValueError(f"The query mode must be 'default' or 'mmr', got {query.mode.value!r}.")
         if query.query_embedding is None:
             raise ValueError("The query has no embedding.")
         filter = to_filter(query.filters)
