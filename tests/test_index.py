@@ -6,6 +6,7 @@ import sys
 import textwrap
 from itertools import product
 
+import faiss
 import numpy as np
 import pytest
 import torch
@@ -206,6 +207,25 @@ def test_changes_are_followed_by_the_scanner(additive, clustered, queries, kind)
     index.add(np.concatenate([clustered, clustered[:2000]]))  # grown to more than four times: made anew
     index.search(queries, shortlist=500)
     assert index._ranker.scanner is not scanner
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf"])
+def test_threads_share_the_queries(additive, clustered, kind):
+    index = RQMoEIndex(additive, kind=kind)
+    index.add(clustered, metadata=[{"n": number} for number in range(6000)])
+    before, found = faiss.omp_get_max_threads(), []
+    try:
+        for threads in (1, 3):
+            faiss.omp_set_num_threads(threads)
+            found.append(index.search(clustered[:299], 20))
+            found.append(index.search(clustered[:299], 20, filter={"n": {"$gte": 2000}}))
+    finally:
+        faiss.omp_set_num_threads(before)
+    for one, three in zip(found[:2], found[2:], strict=True):
+        np.testing.assert_array_equal(one[1], three[1])
+        np.testing.assert_array_equal(one[0], three[0])
+    for number in (0, 150, 298):
+        np.testing.assert_array_equal(index.search(clustered[number], 20)[1], found[0][1][number])
 
 
 def test_kinds_by_size(additive, clustered, monkeypatch):

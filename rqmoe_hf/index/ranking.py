@@ -224,7 +224,8 @@ class Ranker:
         if len(found) < len(rows):
             raise ValueError(FOREIGN)
         codes = codes_array([found[row] for row in rows.tolist()])
-        vectors = self.scanner.sums(codes) if source == "tables" and self.scanner else self.restore(codes)
+        by_tables = source == "tables" or not self.quantizer.config.has_experts  # which are exact then, and quicker
+        vectors = self.scanner.sums(codes) if by_tables and self.scanner is not None else self.restore(codes)
         if source == "floats":
             kept = self.database.floats_of(rows)
             for place, row in enumerate(rows.tolist()):

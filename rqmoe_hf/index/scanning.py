@@ -1,23 +1,29 @@
 """The first stage of a search: Faiss scans packed codes by look-up tables. Nothing else here knows Faiss.
 
 A code's score is the query's inner product with a sum of table vectors, one per code (see `rqmoe_hf.additive`). What
-ranks by cosine or by distance needs the norm of that sum, too. It is one more code, of 8 bits, whose table has its
-value in two dimensions that the query fills in: the sum is then `q . x + a |x| + b |x|^2`, and Faiss scans all
-metrics in the same way. With a = -c, codes whose cosine is above c are exactly those whose score is above 0. If c is
-the cosine at which the shortlist ends, the shortlist is therefore the one by cosine; the cosines with a sample of the
-codes tell where that is, closely enough.
+ranks by cosine or by distance needs the norm of that sum, too. It is one more code, of 8 bits, whose look-up table
+says what each norm adds to the score: -|x|^2 / 2 for distances; -c |x| for cosines, so that the codes whose cosine
+is above c are exactly those whose score is above 0. If c is the cosine at which the shortlist ends, the shortlist is
+therefore the one by cosine; the cosines with a sample of the codes tell where that is, closely enough.
+
+Faiss's inverted lists of additive codes compute a query's look-up tables again for every list, which costs more than
+scanning it. Here they are computed once, for many queries in one product, and given to Faiss as the codebooks of a
+quantizer of one dimension, in which every query is 1.
 """
 
 import json
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from torch.nn import functional as F
 
 from ..additive import faiss_widths, improve_codewords, mean_contributions, starts_of
 from ..codes import bits_per_code, sizes_of, unpack_codes
@@ -29,7 +35,7 @@ POINTS_PER_LIST = 48
 ITERATIONS = 10
 RIDGE = 1.0
 PROBES = 1_024
-EXTRA = 2  # dimensions for the norm and its square
+QUERIES = 256  # whose look-up tables are computed at a time
 
 
 @dataclass
@@ -102,36 +108,30 @@ class Scanner:
         import faiss
 
         self.tables, self.metric, self.code_bytes = tables, metric, code_bytes
-        self.size = tables.codewords[0].shape[1]
-        bits = [len(table).bit_length() - 1 for table in tables.codewords]
-        parts = [np.pad(table, ((0, 0), (0, EXTRA))) for table in tables.codewords]
-        unused = 8 * code_bytes - sum(bits)
-        if tables.norms is not None:
-            if unused:  # the norm's code begins at a whole byte
-                bits.append(unused)
-                parts.append(np.zeros((1 << unused, self.size + EXTRA), np.float32))
-            bits.append(8)
-            parts.append(np.zeros((NORM_LEVELS, self.size + EXTRA), np.float32))
-            parts[-1][:, -2], parts[-1][:, -1] = tables.norms, tables.norms**2
-        lists = np.pad(tables.centroids, ((0, 0), (0, EXTRA)))
+        self._bits = [len(table).bit_length() - 1 for table in tables.codewords]
+        self._codewords = np.concatenate(tables.codewords)
+        tables.codewords = np.split(self._codewords, np.cumsum([1 << bits for bits in self._bits])[:-1])
+        by_distance = metric == "l2"
         self._coarse = faiss.IndexFlat(
-            self.size + EXTRA, faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
+            self._codewords.shape[1], faiss.METRIC_L2 if by_distance else faiss.METRIC_INNER_PRODUCT
         )
-        self._coarse.add(np.ascontiguousarray(lists))
-        self._codebooks = np.ascontiguousarray(np.concatenate(parts))
-        self._widths = faiss_widths(bits)
-        inner, nonorm = faiss.METRIC_INNER_PRODUCT, faiss.AdditiveQuantizer.ST_LUT_nonorm
-        index = faiss.IndexIVFResidualQuantizer(
-            self._coarse, self.size + EXTRA, len(lists), self._widths, inner, nonorm
-        )
-        index.by_residual = False
-        self._index = self._ready(index)
-        self._mapped: Any = None  # a memory map that the lists point into
+        self._coarse.add(np.ascontiguousarray(tables.centroids))
+        self._index = self._made(len(tables.centroids))
+        self._mapped: Any = None  # lists in a memory map
 
-    def _ready(self, index):
+    def _made(self, lists: int) -> Any:
+        """An empty Faiss index whose look-up tables are its codebooks."""
         import faiss
 
-        faiss.copy_array_to_vector(self._codebooks.reshape(-1), index.rq.codebooks)
+        bits, unused = self._bits, 8 * self.code_bytes - sum(self._bits)
+        if self.tables.norms is not None:  # the norm's code begins at a whole byte
+            bits = [*bits, *([unused] if unused else []), 8]
+        inner, nonorm = faiss.METRIC_INNER_PRODUCT, faiss.AdditiveQuantizer.ST_LUT_nonorm
+        unit = faiss.IndexFlatIP(1)
+        index: Any = faiss.IndexIVFResidualQuantizer(unit, 1, lists, faiss_widths(bits), inner, nonorm)
+        index.referenced_objects = [unit]
+        index.by_residual = False
+        faiss.copy_array_to_vector(np.zeros(sum(1 << width for width in bits), np.float32), index.rq.codebooks)
         index.rq.is_trained = index.is_trained = True
         return index
 
@@ -150,9 +150,9 @@ class Scanner:
 
     def sums(self, codes: np.ndarray) -> np.ndarray:
         """What the tables restore of packed codes, float32 `(n, hidden_size)`."""
-        extended = np.zeros((len(codes), self._index.code_size), np.uint8)
-        extended[:, : self.code_bytes] = codes
-        return self._index.rq.decode(extended)[:, : self.size]
+        sizes = [1 << bits for bits in self._bits]
+        rows = torch.from_numpy(unpack_codes(codes, len(sizes), sizes) + starts_of(sizes))
+        return F.embedding_bag(rows, torch.from_numpy(self._codewords), mode="sum").numpy()
 
     def add(self, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
         """Adds rows, int64 `(n,)`, and their packed codes, uint8 `(n, bytes)`, batch by batch."""
@@ -182,7 +182,7 @@ class Scanner:
         sums = self.sums(codes)
         lists = np.zeros(len(codes), np.int32)
         if self.lists > 1:
-            lists[:] = self._coarse.search(np.pad(sums, ((0, 0), (0, EXTRA))), 1)[1][:, 0]
+            lists[:] = self._coarse.search(sums, 1)[1][:, 0]
         if self.tables.norms is not None:
             low, high = self.tables.norms[[0, -1]]
             levels = (np.linalg.norm(sums, axis=1) - low) / max(high - low, 1e-12) * (NORM_LEVELS - 1)
@@ -216,18 +216,39 @@ class Scanner:
         Returns:
             Scores `(n, count)`, highest first, and row numbers; -1 where there are no more.
         """
-        asked = np.zeros((len(queries), self.size + EXTRA), np.float32)
-        asked[:, : self.size] = queries
-        if self.metric == "cosine":
-            asked[:, -2] = -self.thresholds(queries, count / max(len(self) if rows is None else len(rows), 1))
-        if self.metric == "l2":
-            asked[:, -1] = -0.5
-        if rows is None:
-            self._index.nprobe = min(nprobe, self.lists)
-            return self._index.search(asked, count)
-        index, labels = self._only(rows)
-        scores, found = index.search(asked, min(count, max(len(labels), 1)))
-        return scores, np.where(found < 0, -1, labels[found]) if len(labels) else np.full(found.shape, -1)
+        index, chosen = self._index, np.zeros((len(queries), 1), np.int64)
+        if rows is not None:
+            index = self._only(rows)
+        elif self.lists > 1:
+            chosen = self._coarse.search(queries, min(nprobe, self.lists))[1]
+        share = count / max(index.ntotal, 1)
+        scores = np.empty((len(queries), count), np.float32)
+        found = np.empty((len(queries), count), np.int64)
+        with ThreadPoolExecutor(workers := _workers(len(queries))) as pool:
+            indexes = [index, *(self._sharing(index) for _ in range(1, workers))]
+            for start in range(0, len(queries), QUERIES):
+                block = slice(start, start + QUERIES)
+                arrays = self._look_ups(queries[block], share), chosen[block], scores[block], found[block]
+                parts = zip(*(np.array_split(array, workers) for array in arrays), strict=True)
+                list(pool.map(_scan, indexes, *zip(*parts, strict=True)))
+        return scores, found
+
+    def _sharing(self, index: Any) -> Any:
+        """Another index over the same lists, for look-up tables of its own."""
+        other = self._made(index.nlist)
+        other.replace_invlists(index.invlists, False)
+        other.ntotal = index.ntotal
+        return other
+
+    def _look_ups(self, queries: np.ndarray, share: float) -> np.ndarray:
+        """What every value of every code adds to the score, `(n, values of all codes)`."""
+        parts, norms = [queries @ self._codewords.T], self.tables.norms
+        if norms is not None:
+            unused = 8 * self.code_bytes - sum(self._bits)
+            parts.append(np.zeros((len(queries), 1 << unused if unused else 0), np.float32))
+            squares = np.broadcast_to(-0.5 * norms**2, (len(queries), NORM_LEVELS))
+            parts.append(squares if self.metric == "l2" else -self.thresholds(queries, share)[:, None] * norms)
+        return np.hstack(parts)
 
     def thresholds(self, queries: np.ndarray, share: float) -> np.ndarray:
         """The cosine that about a share of all codes exceeds, for each query: float32 `(n,)`."""
@@ -238,22 +259,21 @@ class Scanner:
         return np.partition(queries @ probes.T, -rank, axis=1)[:, -rank]
 
     def _only(self, rows: np.ndarray):
-        """A flat index of some rows, since Faiss's additive scanners cannot leave rows out; and their numbers."""
+        """An index of one list with some rows, since Faiss's additive scanners cannot leave rows out."""
         import faiss
 
-        flat = faiss.IndexResidualQuantizer(self.size + EXTRA, self._widths, faiss.METRIC_INNER_PRODUCT)
-        flat.rq.search_type = faiss.AdditiveQuantizer.ST_LUT_nonorm
-        index, labels = self._ready(flat), []
+        index = self._made(1)
         wanted = np.zeros(int(rows[-1]) + 1 if len(rows) else 0, bool)
         wanted[rows] = True
         for number in range(self.lists):
             ids, codes = self._list(number)
             inside = (ids >= 0) & (ids < len(wanted))
             inside[inside] = wanted[ids[inside]]
-            if inside.any():
-                index.add_sa_codes(np.ascontiguousarray(codes[inside]))
-                labels.append(ids[inside])
-        return index, np.concatenate(labels) if labels else np.empty(0, np.int64)
+            kept = np.ascontiguousarray(ids[inside]), np.ascontiguousarray(codes[inside])
+            if len(kept[0]):
+                index.invlists.add_entries(0, len(kept[0]), faiss.swig_ptr(kept[0]), faiss.swig_ptr(kept[1]))
+                index.ntotal += len(kept[0])
+        return index
 
     def _list(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Row numbers and codes of one list, views of Faiss's memory."""
@@ -357,6 +377,26 @@ class Scanner:
         lists.this.disown()
         self._index.replace_invlists(lists, True)
         self._mapped = None
+
+
+def _workers(queries: int) -> int:
+    """Threads that share some queries: as many as Faiss would use, where there is enough for each."""
+    import faiss
+
+    return max(1, min(faiss.omp_get_max_threads(), queries // 8))
+
+
+def _scan(index, look_ups: np.ndarray, lists: np.ndarray, scores: np.ndarray, rows: np.ndarray) -> None:
+    """Scans some lists for each query; fills in scores and rows, best first."""
+    import faiss
+
+    codebooks = faiss.rev_swig_ptr(index.rq.codebooks.data(), look_ups.shape[1])
+    one, nothing = np.ones((1, 1), np.float32), np.zeros((1, lists.shape[1]), np.float32)
+    index.nprobe = lists.shape[1]
+    for place, look_up in enumerate(look_ups):
+        codebooks[:] = look_up
+        found = index.search_preassigned(one, scores.shape[1], lists[place : place + 1], nothing)
+        scores[place], rows[place] = found[0][0], found[1][0]
 
 
 def fit_scanner(quantizer: RQMoEModel, sample: np.ndarray, steps: int, metric: str, lists: int) -> Scanner:

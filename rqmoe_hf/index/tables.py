@@ -82,8 +82,8 @@ class SourceTable:
         """Rows as `RQMoEIndex.add` takes them: ids, embeddings, texts, codes, metadata."""
         values, embeddings = self._table[start:stop], None
         if self._embeddings is not None:
-            vectors = self._table.select_columns([self._embeddings]).rename_column(self._embeddings, "embeddings")
-            embeddings = as_array(vectors, np.arange(start, stop))
+            vectors = load_embeddings(self._table, self._embeddings)
+            embeddings = as_array(vectors, np.arange(start, stop))  # type: ignore[arg-type]
         codes = None if self._codes is None else column_array(values[self._codes]).astype(np.uint8)
         texts = None if self._texts is None else values[self._texts].to_pylist()
         ids = None if self._ids is None else values[self._ids].to_pylist()
