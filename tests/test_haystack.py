@@ -1,11 +1,8 @@
 """Haystack's own conformance suites over the document store, and the store beside the framework's in-memory one."""
 
 import asyncio
-import os
 from dataclasses import replace
 from datetime import datetime
-
-os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"
 
 import numpy as np
 import pytest
@@ -39,12 +36,13 @@ SIZE = 16
 COUNT = 60
 
 
+@pytest.fixture(scope="module")
+def wide():
+    return make_quantizer(768, num_codebooks=2)  # the size of the embeddings in Haystack's tests
+
+
 class SameButForTheEmbeddings:
     """Embeddings come back as their codes restore them."""
-
-    @pytest.fixture(scope="class")
-    def wide(self):
-        return make_quantizer(768, num_codebooks=2)  # the size of the embeddings in Haystack's tests
 
     @pytest.fixture(params=["in this process", "on disk"])
     def document_store(self, request, wide, tmp_path):
@@ -289,6 +287,8 @@ def test_a_folder_is_opened_again(store, quantizer, documents, tmp_path):
     expected = made.embedding_retrieval(embed("text 3", SIZE), **asked)
     assert again.embedding_retrieval(embed("text 3", SIZE), **asked) == expected
     assert all(0 < document.score <= 1 for document in expected)
+    made.close()
+    assert again.write_documents(documents[:5], DuplicatePolicy.OVERWRITE) == 5
     with pytest.raises(ValueError, match="metric='l2', not 'cosine'"):
         RQMoEDocumentStore(quantizer, tmp_path / "store", metric="cosine")
 

@@ -13,6 +13,7 @@ from langchain_core.vectorstores import InMemoryVectorStore
 from langchain_tests.integration_tests import VectorStoreIntegrationTests
 from langchain_tests.integration_tests.vectorstores import EMBEDDING_SIZE
 from rag import make_quantizer, random_metadata
+from sentence_transformers import SentenceTransformer
 
 from rqmoe_hf.index import RQMoEIndex
 from rqmoe_hf.integrations.langchain import RQMoEVectorStore
@@ -188,6 +189,14 @@ def test_a_collection_with_integer_ids(quantizer, embedding):
     store.add_documents([Document("changed", id="3")])
     store.delete(["4"])
     assert collection.get([3])[0].text == "changed" and 4 not in collection
+
+
+def test_a_sentence_transformers_model_embeds(encoder):
+    model = SentenceTransformer(encoder)
+    store = RQMoEVectorStore(model, "minilm-384-16-bytes")
+    store.add_texts(["how do I read a csv file", "the weather in spring"])
+    assert store.similarity_search("csv files", k=1)[0].page_content == "how do I read a csv file"
+    np.testing.assert_allclose(store.embeddings.embed_query("a"), model.encode_query("a"), atol=1e-6)
 
 
 def test_errors(quantizer, embedding, store, tmp_path):

@@ -257,8 +257,10 @@ def test_errors(store, quantizer):
         store.query(ask(mode=VectorStoreQueryMode.HYBRID))
     with pytest.raises(ValueError, match="another encoder"):
         store.query(VectorStoreQuery([0.5] * 7))
-    with pytest.raises(ValueError, match=r"'tags'.*not supported"):
-        store.query(ask(filters=where(("tags", FilterOperator.ANY, "red"))))
+    unsupported = FilterOperator.TEXT_MATCH, FilterOperator.TEXT_MATCH_INSENSITIVE, FilterOperator.IS_EMPTY
+    for operator in (FilterOperator.ANY, *unsupported):
+        with pytest.raises(ValueError, match=r"'tags'.*not supported"):
+            store.query(ask(filters=where(("tags", operator, "red"))))
     with pytest.raises(ValueError, match="local folder"):
         import fsspec
 

@@ -24,7 +24,7 @@ with needs_extra("haystack"):
     from haystack.document_stores.types.filter_policy import apply_filter_policy
     from haystack.errors import FilterError
 
-OWN = "_haystack"  # metadata that the store keeps beside the user's: what the index has no place for
+OWN = "_haystack"  # metadata beside the user's: what the index has no place for, and the id, for filters on it
 COMPARISONS = {">": "$gt", ">=": "$gte", "<": "$lt", "<=": "$lte"}
 OPERATORS = {"==": "$eq", "!=": "$ne", "in": "$in", "not in": "$nin", **COMPARISONS}
 DUPLICATES = {DuplicatePolicy.SKIP: "skip", DuplicatePolicy.OVERWRITE: "replace"}
@@ -33,7 +33,7 @@ DUPLICATES = {DuplicatePolicy.SKIP: "skip", DuplicatePolicy.OVERWRITE: "replace"
 class RQMoEDocumentStore:
     """Documents with embeddings of some bytes each, for Haystack.
 
-    Filters are evaluated before scanning, on `meta` and on `id`. Strings are compared as strings, so dates in ISO
+    Filters on `meta` and `id` are evaluated before scanning. Strings are compared as strings, so dates in ISO
     format must all be written alike. Documents without an embedding are stored, too, but never retrieved. A saved
     pipeline is loaded with `Pipeline.loads(..., allowed_modules=["rqmoe_hf.*"])`, as all components from outside
     Haystack are.
@@ -200,6 +200,10 @@ class RQMoEDocumentStore:
         embedded = [document.id for document in found if with_embeddings and not _lacks_embedding(document)]
         embeddings = dict(zip(embedded, self.index.reconstruct(embedded).tolist(), strict=True))
         return [_to_haystack(one, score, embeddings.get(one.id)) for one, score in zip(found, scores, strict=True)]
+
+    def close(self) -> None:
+        """Lets others write to the folder. The store cannot be used afterwards."""
+        self.index.close()
 
     # --- asynchronous: the same in another thread ------------------------------------------------------------------
 
@@ -373,7 +377,7 @@ def _to_condition(condition: dict[str, Any]) -> dict[str, Any]:
             return {"$or": []}
         if isinstance(value, list) or (isinstance(value, str) and not _is_date(value)):
             raise FilterError(f"{operator!r} on {field!r} needs a number or a date in ISO format, got {value!r}.")
-    return {"$id" if field == "id" else field.removeprefix("meta."): {OPERATORS[operator]: value}}
+    return {f"{OWN}.id" if field == "id" else field.removeprefix("meta."): {OPERATORS[operator]: value}}
 
 
 def _is_date(text: str) -> bool:
@@ -386,7 +390,7 @@ def _is_date(text: str) -> bool:
 
 def _to_metadata(document: Document) -> dict[str, Any]:
     """The document's metadata, and what else the index has no place for."""
-    own: dict[str, Any] = {}
+    own: dict[str, Any] = {"id": document.id}
     if document.embedding is None:
         own["embedded"] = False
     if document.content is None:
@@ -395,7 +399,7 @@ def _to_metadata(document: Document) -> dict[str, Any]:
         own["blob"] = document.blob.to_dict()
     if document.sparse_embedding is not None:
         own["sparse_embedding"] = document.sparse_embedding.to_dict()
-    return document.meta | {OWN: own} if own else document.meta
+    return document.meta | {OWN: own}
 
 
 def _to_haystack(document: IndexDocument, score: float | None, embedding: list[float] | None) -> Document:

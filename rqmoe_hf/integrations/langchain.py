@@ -9,6 +9,7 @@ import numpy as np
 
 from ..index import Document as IndexDocument
 from ..index import RQMoEIndex
+from ..index.intake import EncodesTexts
 from ..modeling_rqmoe import RQMoEModel
 from . import needs_extra
 from .common import open_index, own_ids
@@ -23,6 +24,21 @@ with needs_extra("langchain"):
 Filter = dict[str, Any] | Callable[[Document], bool]
 
 
+class EncoderEmbeddings(Embeddings):
+    """A sentence-transformers model, or what else `RQMoEIndex` takes as an encoder, as LangChain's embeddings."""
+
+    def __init__(self, encoder: EncodesTexts):
+        self.encoder = encoder
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        """Embeds documents."""
+        return np.asarray(self.encoder.encode_document(texts), np.float32).tolist() if texts else []
+
+    def embed_query(self, text: str) -> list[float]:
+        """Embeds a query."""
+        return np.asarray(self.encoder.encode_query([text]), np.float32)[0].tolist()
+
+
 class RQMoEVectorStore(VectorStore):
     """Documents with embeddings of some bytes each, for LangChain.
 
@@ -35,7 +51,8 @@ class RQMoEVectorStore(VectorStore):
     - shortlist, rescore, nprobe: see `RQMoEIndex.search`.
 
     Args:
-        embedding: Embeds documents and queries; the encoder that the quantizer was trained for.
+        embedding: Embeds documents and queries: LangChain's embeddings or a sentence-transformers model, of the
+            encoder that the quantizer was trained for.
         quantizer: The quantizer, or its bundled name, folder or Hub id. May be left out if the folder holds a
             collection.
         folder: Where the collection is, or will be. Every change is on disk when the call returns. None keeps it in
@@ -57,7 +74,7 @@ class RQMoEVectorStore(VectorStore):
 
     def __init__(
         self,
-        embedding: Embeddings,
+        embedding: Embeddings | EncodesTexts,
         quantizer: RQMoEModel | str | None = None,
         folder: str | os.PathLike | None = None,
         *,
@@ -65,7 +82,7 @@ class RQMoEVectorStore(VectorStore):
         relevance_score_fn: Callable[[float], float] | None = None,
         **settings: Any,
     ):
-        self.embedding = embedding
+        self.embedding = embedding if isinstance(embedding, Embeddings) else EncoderEmbeddings(embedding)
         self.index = open_index(quantizer, folder, index, settings)
         self.relevance_score_fn = relevance_score_fn
 
@@ -78,7 +95,7 @@ class RQMoEVectorStore(VectorStore):
     def from_texts(
         cls,
         texts: list[str],
-        embedding: Embeddings,
+        embedding: Embeddings | EncodesTexts,
         metadatas: list[dict] | None = None,
         *,
         ids: list[str] | None = None,
@@ -93,7 +110,7 @@ class RQMoEVectorStore(VectorStore):
     async def afrom_texts(
         cls,
         texts: list[str],
-        embedding: Embeddings,
+        embedding: Embeddings | EncodesTexts,
         metadatas: list[dict] | None = None,
         *,
         ids: list[str] | None = None,

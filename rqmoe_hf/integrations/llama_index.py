@@ -48,9 +48,9 @@ class RQMoEVectorStore(BasePydanticVectorStore):
     """Nodes with embeddings of some bytes each, for LlamaIndex.
 
     Nodes are stored whole, under their ids, and replace those that have them. Metadata filters, also nested ones, are
-    evaluated before scanning. Query modes are the default one and MMR, which takes `mmr_threshold`, and
-    `mmr_prefetch_factor` or `mmr_prefetch_k` for how many nodes it chooses from. `vector_store_kwargs` may also hold
-    `shortlist`, `rescore` and `nprobe`, see `RQMoEIndex.search`.
+    evaluated before scanning; TEXT_MATCH, TEXT_MATCH_INSENSITIVE and IS_EMPTY are not supported. Query modes are the
+    default one and MMR, which takes `mmr_threshold`, and `mmr_prefetch_factor` or `mmr_prefetch_k` for how many nodes
+    it chooses from. `vector_store_kwargs` may also hold `shortlist`, `rescore` and `nprobe`, see `RQMoEIndex.search`.
 
     Args:
         quantizer: The quantizer, or its bundled name, folder or Hub id: that of the embedding model. May be left out
@@ -149,7 +149,7 @@ class RQMoEVectorStore(BasePydanticVectorStore):
             raise ValueError(f"A collection is a local folder, but the file system is {fs.protocol}.")
         try:
             self._index.save()
-        except ValueError:
+        except ValueError:  # it has no folder yet
             self._index.save(persist_path)
 
     @classmethod
