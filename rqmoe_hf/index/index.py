@@ -155,7 +155,7 @@ class RQMoEIndex(Collection):
             shortlist: Vectors that the scan hands on to be ranked, default 100 or ten for each hit.
             rescore: How they are ranked: by the "floats" that were kept, by what the "codes" decode to, or by the
                 sums of the scan's "tables"; "auto" is floats where they are kept, codes otherwise.
-            nprobe: Inverted lists that are scanned, default a sixteenth of them and at least eight.
+            nprobe: Inverted lists that are scanned, default a sixteenth of them and at least 32.
 
         Returns:
             Scores, float32 `(n, k)`, highest first, and ids, int64 or strings `(n, k)`. For the metric "l2" the scores
