@@ -293,14 +293,15 @@ class RQMoEIndex(Collection):
 
     def close(self) -> None:
         """Ends the use of the folder, so that others may write. The index cannot be used afterwards."""
-        if self._folder is not None and self._folder.is_writer:
-            with self._database.reading():
-                record = self._folder.record_database(self._database)
-            files = self._folder.manifest["files"] | {DATABASE: record}
-            self._folder.write(self._folder.manifest | {"files": files})
-        self._database.close()
-        if self._folder is not None:
-            self._folder.release()
+        with self._database.lock:
+            if self._folder is not None and self._folder.is_writer:
+                with self._database.reading():
+                    record = self._folder.record_database(self._database)
+                files = self._folder.manifest["files"] | {DATABASE: record}
+                self._folder.write(self._folder.manifest | {"files": files})
+            self._database.close()
+            if self._folder is not None:
+                self._folder.release()
 
     def __enter__(self) -> "RQMoEIndex":
         return self
