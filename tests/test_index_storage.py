@@ -6,6 +6,7 @@ import os
 import shutil
 import sqlite3
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import index_workers
@@ -325,6 +326,21 @@ def test_one_writer_at_a_time(filled, clustered):
     assert verify(filled) == []
     with RQMoEIndex.load(filled, MODEL) as third:
         assert 9000 in third and 9001 in third
+
+
+def test_the_writer_is_the_index_and_not_a_thread(filled, clustered):
+    """All threads of an index may write, also several at once for the first time; other indexes are refused."""
+    with RQMoEIndex.load(filled, MODEL) as index, RQMoEIndex.load(filled, MODEL) as other:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda n: index.add(clustered[n : n + 1], ids=[9000 + n]), range(20)))
+        index.remove([9000])  # from here as well
+        with ThreadPoolExecutor(1) as pool, pytest.raises(BlockingIOError, match="one writer at a time"):
+            pool.submit(other.remove, [1]).result()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(index.close).result()
+        other.remove([9001])
+        assert len(other) == 418
+    assert verify(filled) == []
 
 
 def test_another_process_is_refused_too_until_it_is_killed(filled, tmp_path, processes, clustered):

@@ -281,7 +281,8 @@ class Collection:
             raise ValueError("This index has no folder: name one to save it to.")
         if self._read_only:
             raise ValueError("This index lies in the Hub's cache, which is not changed: load it with folder='...'.")
-        if not self._folder.is_writer:
-            self._folder.claim()
-            self._folder.read()  # another writer may have changed it
+        with self._database.lock:  # threads that write for the first time at once would refuse each other
+            if not self._folder.is_writer:
+                self._folder.claim()
+                self._folder.read()  # another writer may have changed it
         return self._folder

@@ -155,7 +155,7 @@ class RQMoEIndex(Collection):
             shortlist: Vectors that the scan hands on to be ranked, default 100 or ten for each hit.
             rescore: How they are ranked: by the "floats" that were kept, by what the "codes" decode to, or by the
                 sums of the scan's "tables"; "auto" is floats where they are kept, codes otherwise.
-            nprobe: Inverted lists that are scanned, default a sixteenth of them and at least eight.
+            nprobe: Inverted lists that are scanned, default a sixteenth of them and at least 32.
 
         Returns:
             Scores, float32 `(n, k)`, highest first, and ids, int64 or strings `(n, k)`. For the metric "l2" the scores
@@ -293,14 +293,15 @@ class RQMoEIndex(Collection):
 
     def close(self) -> None:
         """Ends the use of the folder, so that others may write. The index cannot be used afterwards."""
-        if self._folder is not None and self._folder.is_writer:
-            with self._database.reading():
-                record = self._folder.record_database(self._database)
-            files = self._folder.manifest["files"] | {DATABASE: record}
-            self._folder.write(self._folder.manifest | {"files": files})
-        self._database.close()
-        if self._folder is not None:
-            self._folder.release()
+        with self._database.lock:
+            if self._folder is not None and self._folder.is_writer:
+                with self._database.reading():
+                    record = self._folder.record_database(self._database)
+                files = self._folder.manifest["files"] | {DATABASE: record}
+                self._folder.write(self._folder.manifest | {"files": files})
+            self._database.close()
+            if self._folder is not None:
+                self._folder.release()
 
     def __enter__(self) -> "RQMoEIndex":
         return self

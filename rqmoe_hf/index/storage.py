@@ -28,7 +28,7 @@ class IndexFolder:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self.manifest: dict = {}
-        self._lock = FileLock(str(self.path / LOCK), timeout=0)
+        self._lock = FileLock(str(self.path / LOCK), timeout=0, thread_local=False)
 
     @property
     def database(self) -> Path:
