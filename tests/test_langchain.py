@@ -189,6 +189,8 @@ def test_a_collection_with_integer_ids(quantizer, embedding):
     store.add_documents([Document("changed", id="3")])
     store.delete(["4"])
     assert collection.get([3])[0].text == "changed" and 4 not in collection
+    store.delete(["4", "5"])
+    assert len(collection) == len(TEXTS) - 2 and store.get_by_ids(["9" * 30, "unknown"]) == []
 
 
 def test_a_sentence_transformers_model_embeds(encoder):

@@ -50,7 +50,10 @@ def open_index(
 def own_ids(index: RQMoEIndex, ids: Iterable[str]) -> list[Any]:
     """Ids as the index has them: integers, where it was made without ids or with such."""
     listed = list(ids)
-    if not listed or not all(id.removeprefix("-").isdecimal() for id in listed):
+    if not listed or not all(id.removeprefix("-").isdecimal() and len(id) < 19 for id in listed):
         return listed
+    numbers = [int(id) for id in listed]
+    if listed[0] in index or numbers[0] in index:
+        return listed if listed[0] in index else numbers
     first = next(index.documents(), None)
-    return listed if first is None or isinstance(first.id, str) else [int(id) for id in listed]
+    return listed if first is None or isinstance(first.id, str) else numbers
