@@ -402,7 +402,9 @@ def test_saving_an_index_that_has_no_folder(tmp_path, clustered):
     index = RQMoEIndex(MODEL)
     index.add(clustered[:300], ids=[f"id {n}" for n in range(300)], texts=["text"] * 300)
     before = index.search(clustered[:4], 5, shortlist=50)
+    assert index.folder is None
     index.save(tmp_path / "index")
+    assert index.folder == tmp_path / "index"
     for one, other in zip(before, index.search(clustered[:4], 5, shortlist=50), strict=True):
         np.testing.assert_array_equal(one, other)
     index.remove(["id 7"])  # lives there from now on

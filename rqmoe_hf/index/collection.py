@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,17 @@ class Collection:
     def __contains__(self, id: Id) -> bool:
         with self._database.reading():
             return bool(self._database.find([id]))
+
+    @property
+    def id_type(self) -> type[int] | type[str] | None:
+        """Whether ids are integers or strings; None while the index is empty."""
+        with self._database.reading():
+            return self._database.id_type()
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the collection is; None if it is in this process only."""
+        return None if self._folder is None else self._folder.path
 
     def get(self, ids: Iterable[Id], missing_ok: bool = False) -> list[Document]:
         """Texts and metadata.

@@ -119,6 +119,7 @@ class Database:
 
     def _configure(self, create: bool, immutable: bool) -> None:
         run = self._connection.execute
+        self._connection.create_function("casefold", 1, _casefold, deterministic=True)
         run("PRAGMA trusted_schema = OFF")
         run("PRAGMA cell_size_check = ON")
         run(f"PRAGMA mmap_size = {MAPPED_BYTES}")
@@ -246,7 +247,8 @@ class Database:
         condition, values = ("1", []) if filter is None else compile_filter(filter)
         source = "SELECT row FROM vectors"
         if filter:  # a document without metadata has empty ones, for which the opposites of conditions hold
-            source = "SELECT row, coalesce(metadata, '{}') AS metadata FROM vectors LEFT JOIN documents USING (row)"
+            columns = "row, id, coalesce(metadata, '{}') AS metadata"
+            source = f"SELECT {columns} FROM vectors LEFT JOIN documents USING (row)"
         query = f"SELECT row FROM ({source} WHERE row > ? ORDER BY row) WHERE {condition} LIMIT ?"
         try:
             found = self._connection.execute(query, [after, *values, limit])
@@ -345,7 +347,7 @@ class Database:
         Raises:
             ValueError: If an id is not of the collection's kind, or is there or comes twice and must not.
         """
-        kind = self._kind_of_ids()
+        kind = self.id_type()
         if ids and kind is not None and not isinstance(ids[0], kind):
             raise ValueError(f"The ids of this index are of type {kind.__name__}, got {ids[0]!r}: one kind per index.")
         known = self.find(ids)
@@ -361,8 +363,8 @@ class Database:
             )
         return sorted(place for id, place in first.items() if id not in known), []
 
-    def _kind_of_ids(self) -> type[int] | type[str] | None:
-        """Whether ids are integers or strings; None if there are none yet."""
+    def id_type(self) -> type[int] | type[str] | None:
+        """Whether ids are integers or strings; None if there are none."""
         found = self._connection.execute("SELECT id FROM vectors LIMIT 1").fetchone()
         return None if found is None else type(found[0])
 
@@ -371,6 +373,11 @@ class Database:
         for start in range(0, len(values), BOUND):
             part = values[start : start + BOUND]
             yield from self._connection.execute(query.format(",".join("?" * len(part))), part)
+
+
+def _casefold(value: object) -> str | None:
+    """A string whose case does not matter, for filters: SQLite's own `lower` knows ASCII only."""
+    return value.casefold() if isinstance(value, str) else None
 
 
 def codes_array(codes: Sequence[bytes]) -> np.ndarray:
