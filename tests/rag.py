@@ -31,6 +31,7 @@ def random_metadata(count: int, seed: int = 0) -> list[dict]:
             "lang": str(rng.choice(["en", "fr", "de"])),
             "draft": bool(rng.integers(2)),
             "note": None,
+            "a.dotted key": int(rng.integers(3)),
             "tags": [str(tag) for tag in rng.choice(["red", "green", "blue"], size=rng.integers(3), replace=False)],
         }
         drawn.append({name: value for name, value in fields.items() if rng.random() < 0.8})

@@ -189,8 +189,11 @@ def test_a_collection_with_integer_ids(quantizer, embedding):
     store.add_documents([Document("changed", id="3")])
     store.delete(["4"])
     assert collection.get([3])[0].text == "changed" and 4 not in collection
-    store.delete(["4", "5"])
+    store.delete(["4", "5", "unknown"])
     assert len(collection) == len(TEXTS) - 2 and store.get_by_ids(["9" * 30, "unknown"]) == []
+    assert store.get_by_ids(["unknown", "6"]) == [Document("text 6", id="6")]
+    with pytest.raises(ValueError, match="of type int"):
+        store.add_texts(["one with a random id"])
 
 
 def test_a_sentence_transformers_model_embeds(encoder):

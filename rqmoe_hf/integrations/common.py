@@ -1,12 +1,15 @@
 """What the adapters share: opening a collection, and ids, which all frameworks have as strings."""
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ..index import RQMoEIndex
 from ..modeling_rqmoe import RQMoEModel
+
+INTEGER = re.compile(r"-?[0-9]{1,18}")
 
 
 def open_index(
@@ -47,13 +50,15 @@ def open_index(
     return index
 
 
-def own_ids(index: RQMoEIndex, ids: Iterable[str]) -> list[Any]:
-    """Ids as the index has them: integers, where it was made without ids or with such."""
-    listed = list(ids)
-    if not listed or not all(id.removeprefix("-").isdecimal() and len(id) < 19 for id in listed):
-        return listed
-    numbers = [int(id) for id in listed]
-    if listed[0] in index or numbers[0] in index:
-        return listed if listed[0] in index else numbers
-    first = next(index.documents(), None)
-    return listed if first is None or isinstance(first.id, str) else numbers
+def own_ids(index: RQMoEIndex, ids: Iterable[str], missing_ok: bool = False) -> list[Any]:
+    """Ids as the index has them: integers, if it was made without ids or with such.
+
+    Args:
+        index: The index.
+        ids: Ids as a framework has them.
+        missing_ok: Leave out what can be no id of the index.
+    """
+    if index.id_type is not int:
+        return list(ids)
+    found = [int(id) if INTEGER.fullmatch(id) else id for id in ids]
+    return [id for id in found if isinstance(id, int)] if missing_ok else found

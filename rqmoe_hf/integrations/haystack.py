@@ -24,7 +24,7 @@ with needs_extra("haystack"):
     from haystack.document_stores.types.filter_policy import apply_filter_policy
     from haystack.errors import FilterError
 
-OWN = "_haystack"  # metadata beside the user's: what the index has no place for, and the id, for filters on it
+OWN = "_haystack"  # metadata beside the user's, for what the index has no place for
 COMPARISONS = {">": "$gt", ">=": "$gte", "<": "$lt", "<=": "$lte"}
 OPERATORS = {"==": "$eq", "!=": "$ne", "in": "$in", "not in": "$nin", **COMPARISONS}
 DUPLICATES = {DuplicatePolicy.SKIP: "skip", DuplicatePolicy.OVERWRITE: "replace"}
@@ -122,7 +122,7 @@ class RQMoEDocumentStore:
 
     def delete_documents(self, document_ids: list[str]) -> None:
         """Removes documents; unknown ids are passed over."""
-        self.index.remove(own_ids(self.index, document_ids), missing_ok=True)
+        self.index.remove(own_ids(self.index, document_ids, missing_ok=True), missing_ok=True)
 
     def delete_all_documents(self) -> None:
         """Removes everything."""
@@ -377,7 +377,7 @@ def _to_condition(condition: dict[str, Any]) -> dict[str, Any]:
             return {"$or": []}
         if isinstance(value, list) or (isinstance(value, str) and not _is_date(value)):
             raise FilterError(f"{operator!r} on {field!r} needs a number or a date in ISO format, got {value!r}.")
-    return {f"{OWN}.id" if field == "id" else field.removeprefix("meta."): {OPERATORS[operator]: value}}
+    return {"$id" if field == "id" else field.removeprefix("meta."): {OPERATORS[operator]: value}}
 
 
 def _is_date(text: str) -> bool:
@@ -390,7 +390,7 @@ def _is_date(text: str) -> bool:
 
 def _to_metadata(document: Document) -> dict[str, Any]:
     """The document's metadata, and what else the index has no place for."""
-    own: dict[str, Any] = {"id": document.id}
+    own: dict[str, Any] = {}
     if document.embedding is None:
         own["embedded"] = False
     if document.content is None:
@@ -399,7 +399,7 @@ def _to_metadata(document: Document) -> dict[str, Any]:
         own["blob"] = document.blob.to_dict()
     if document.sparse_embedding is not None:
         own["sparse_embedding"] = document.sparse_embedding.to_dict()
-    return document.meta | {OWN: own}
+    return document.meta | {OWN: own} if own else document.meta
 
 
 def _to_haystack(document: IndexDocument, score: float | None, embedding: list[float] | None) -> Document:

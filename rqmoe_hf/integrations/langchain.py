@@ -167,7 +167,7 @@ class RQMoEVectorStore(VectorStore):
     def delete(self, ids: list[str] | None = None, *, filter: dict | None = None, **_: Any) -> bool:
         """Removes documents by ids, passing over unknown ones, or by a filter; without either all of them."""
         if ids is not None:
-            self.index.remove(own_ids(self.index, ids), missing_ok=True)
+            self.index.remove(own_ids(self.index, ids, missing_ok=True), missing_ok=True)
         else:
             self.index.remove(filter=filter or {})
         return True
@@ -176,7 +176,8 @@ class RQMoEVectorStore(VectorStore):
 
     def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:
         """The documents with these ids, in their order; unknown ids are left out."""
-        return [_to_langchain(found) for found in self.index.get(own_ids(self.index, ids), missing_ok=True)]
+        own = own_ids(self.index, ids, missing_ok=True)
+        return [_to_langchain(found) for found in self.index.get(own, missing_ok=True)]
 
     def similarity_search_with_score_by_vector(
         self, embedding: list[float], k: int = 4, filter: Filter | None = None, **kwargs: Any

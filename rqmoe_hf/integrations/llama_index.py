@@ -41,6 +41,8 @@ OPERATORS = {
     FilterOperator.IN: "$in",
     FilterOperator.NIN: "$nin",
     FilterOperator.CONTAINS: "$contains",
+    FilterOperator.TEXT_MATCH: "$text",
+    FilterOperator.TEXT_MATCH_INSENSITIVE: "$itext",
 }
 
 
@@ -48,9 +50,9 @@ class RQMoEVectorStore(BasePydanticVectorStore):
     """Nodes with embeddings of some bytes each, for LlamaIndex.
 
     Nodes are stored whole, under their ids, and replace those that have them. Metadata filters, also nested ones, are
-    evaluated before scanning; TEXT_MATCH, TEXT_MATCH_INSENSITIVE and IS_EMPTY are not supported. Query modes are the
-    default one and MMR, which takes `mmr_threshold`, and `mmr_prefetch_factor` or `mmr_prefetch_k` for how many nodes
-    it chooses from. `vector_store_kwargs` may also hold `shortlist`, `rescore` and `nprobe`, see `RQMoEIndex.search`.
+    evaluated before scanning. Query modes are the default one and MMR, which takes `mmr_threshold`, and
+    `mmr_prefetch_factor` or `mmr_prefetch_k` for how many nodes it chooses from. `vector_store_kwargs` may also hold
+    `shortlist`, `rescore` and `nprobe`, see `RQMoEIndex.search`.
 
     Args:
         quantizer: The quantizer, or its bundled name, folder or Hub id: that of the embedding model. May be left out
@@ -127,11 +129,9 @@ class RQMoEVectorStore(BasePydanticVectorStore):
         if node_ids is None and filters is None:
             raise ValueError("Give node_ids or filters of what to remove; clear() removes everything.")
         if filters is None:
-            self._index.remove(own_ids(self._index, node_ids or []), missing_ok=True)
-        elif node_ids is None:
-            self._index.remove(filter=to_filter(filters))
+            self._index.remove(own_ids(self._index, node_ids or [], missing_ok=True), missing_ok=True)
         else:
-            self._index.remove([found.id for found in self._found(node_ids, filters)], missing_ok=True)
+            self._index.remove(filter=self._both(node_ids, filters))
 
     def clear(self) -> None:
         """Removes everything."""
@@ -147,10 +147,7 @@ class RQMoEVectorStore(BasePydanticVectorStore):
         """
         if fs is not None and "file" not in np.atleast_1d(fs.protocol):
             raise ValueError(f"A collection is a local folder, but the file system is {fs.protocol}.")
-        try:
-            self._index.save()
-        except ValueError:  # it has no folder yet
-            self._index.save(persist_path)
+        self._index.save(persist_path if self._index.folder is None else None)
 
     @classmethod
     def from_persist_dir(
@@ -171,13 +168,16 @@ class RQMoEVectorStore(BasePydanticVectorStore):
         return [_to_node(document) for document in self._found(node_ids, filters)]
 
     def _found(self, node_ids: Sequence[str] | None, filters: MetadataFilters | None) -> list[Document]:
-        if node_ids is None:
-            return list(self._index.documents(to_filter(filters)))
-        named = self._index.get(own_ids(self._index, node_ids), missing_ok=True)
-        if filters is None:
-            return named
-        matching = {document.id for document in self._index.documents(to_filter(filters))}
-        return [document for document in named if document.id in matching]
+        if node_ids is not None and filters is None:
+            return self._index.get(own_ids(self._index, node_ids, missing_ok=True), missing_ok=True)
+        return list(self._index.documents(self._both(node_ids, filters)))
+
+    def _both(self, node_ids: Sequence[str] | None, filters: MetadataFilters | None) -> dict[str, Any]:
+        """A filter for the nodes that have one of these ids and match the filters."""
+        parts = [to_filter(filters) or {}]
+        if node_ids is not None:
+            parts.append({"$id": {"$in": own_ids(self._index, node_ids, missing_ok=True)}})
+        return {"$and": parts}
 
     def query(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
         """The nodes nearest to the query's embedding, among those that its filters, node and document ids leave.
@@ -268,12 +268,15 @@ def to_filter(filters: MetadataFilters | MetadataFilter | None) -> dict[str, Any
         if filters.condition == FilterCondition.NOT:
             return {"$not": {"$or": parts}}
         return {"$or" if filters.condition == FilterCondition.OR else "$and": parts}
-    key, value, operator = filters.key, filters.value, filters.operator
+    value, operator = filters.value, filters.operator
+    key = filters.key.replace(".", r"\.")  # to LlamaIndex a dot is a character like others
+    if operator == FilterOperator.IS_EMPTY:
+        return {key: {"$empty": True}}
     if operator in OPERATORS:
         return {key: {OPERATORS[operator]: value}}
     if operator in (FilterOperator.ANY, FilterOperator.ALL) and isinstance(value, list):
         return {"$or" if operator == FilterOperator.ANY else "$and": [{key: {"$contains": one}} for one in value]}
-    raise ValueError(f"The filter {operator.value!r} on {key!r} with {value!r} is not supported.")
+    raise ValueError(f"The filter {operator.value!r} on {filters.key!r} with {value!r} is not supported.")
 
 
 def _to_node(document: Document) -> BaseNode:
