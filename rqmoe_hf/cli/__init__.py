@@ -9,6 +9,7 @@ from .convert import convert
 from .demo import demo
 from .embed import embed
 from .evaluate import evaluate
+from .index import app as index
 from .info import info
 from .push import push
 from .train import train
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 for command in (demo, embed, train, compress, decompress, evaluate, push, info, convert):
     app.command()(command)
+app.add_typer(index, name="index")
 
 
 def main() -> None:

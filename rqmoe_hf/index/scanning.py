@@ -1,0 +1,436 @@
+"""The first stage of a search: Faiss scans packed codes by look-up tables. Nothing else here knows Faiss.
+
+A code's score is the query's inner product with a sum of table vectors, one per code (see `rqmoe_hf.additive`). What
+ranks by cosine or by distance needs the norm of that sum, too. It is one more code, of 8 bits, whose look-up table
+says what each norm adds to the score: -|x|^2 / 2 for distances; -c |x| for cosines, so that the codes whose cosine
+is above c are exactly those whose score is above 0. If c is the cosine at which the shortlist ends, the shortlist is
+therefore the one by cosine; the cosines with a sample of the codes tell where that is, closely enough.
+
+Faiss's inverted lists of additive codes compute a query's look-up tables again for every list, which costs more than
+scanning it. Here they are computed once, for many queries in one product, and given to Faiss as the codebooks of a
+quantizer of one dimension, in which every query is 1.
+"""
+
+import json
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch.nn import functional as F
+
+from ..additive import faiss_widths, improve_codewords, mean_contributions, starts_of
+from ..codes import bits_per_code, sizes_of, unpack_codes
+from ..modeling_rqmoe import RQMoEModel
+
+NORM_LEVELS = 256
+FIT_ROWS = 32_768
+POINTS_PER_LIST = 48
+ITERATIONS = 10
+RIDGE = 1.0
+PROBES = 1_024
+QUERIES = 256  # whose look-up tables are computed at a time
+
+
+@dataclass
+class Tables:
+    """What codes are scored by.
+
+    Args:
+        codewords: One float32 `(2 ** bits, hidden_size)` per code; the reconstruction's mean is part of the first.
+        norms: Norm that each value of the norm's code stands for, float32 `(256,)`; None if norms are not needed.
+        centroids: float32 `(lists, hidden_size)` of the inverted lists; one for a flat scan.
+        probes: Sums of a sample of codes at norm 1, float32 `(p, hidden_size)`; for "cosine" only.
+    """
+
+    codewords: list[np.ndarray]
+    norms: np.ndarray | None
+    centroids: np.ndarray
+    probes: np.ndarray | None = None
+
+
+def exact_codewords(quantizer: RQMoEModel, steps: int) -> list[np.ndarray]:
+    """The tables of an additive quantizer: its codebooks, whose sums are the reconstructions of any codes."""
+    codebooks = (quantizer.codebooks[:steps] * quantizer.scale).detach().float().cpu().numpy()
+    return _with_mean(codebooks, quantizer, steps)
+
+
+def fit_codewords(quantizer: RQMoEModel, packed: np.ndarray, steps: int) -> list[np.ndarray]:
+    """The tables whose sums are closest to what the codes decode to, by least squares over a sample of them.
+
+    Args:
+        quantizer: The quantizer, with experts.
+        packed: Codes, uint8 `(n, bytes)`.
+        steps: Codes per vector.
+    """
+    sizes = sizes_of(steps, quantizer.config.code_sizes)
+    codes = unpack_codes(packed, steps, sizes)
+    mean = quantizer.mean.detach().float().cpu().numpy()
+    start = mean_contributions(quantizer, codes)
+    rows = np.concatenate([table[:size] for table, size in zip(start, sizes, strict=True)])
+    target = quantizer.decompress(packed, steps, show_progress_bar=False) - mean
+    # The ridge draws towards the mean contributions, which are what rare codewords keep.
+    offset = sum(rows[codes[:, step] + first] for step, first in enumerate(starts_of(sizes)))
+    rows += improve_codewords(np.zeros_like(rows), codes, target - offset, sizes, RIDGE)
+    padded = np.zeros((steps, max(sizes), rows.shape[1]), np.float32)
+    for step, first in enumerate(starts_of(sizes)):
+        padded[step, : sizes[step]] = rows[first : first + sizes[step]]
+    return _with_mean(padded, quantizer, steps)
+
+
+def _with_mean(codebooks: np.ndarray, quantizer: RQMoEModel, steps: int) -> list[np.ndarray]:
+    """One table per code, padded to a power of two with rows that no code names."""
+    tables = []
+    for step, size in enumerate(sizes_of(steps, quantizer.config.code_sizes)):
+        table = np.zeros((1 << bits_per_code(size), codebooks.shape[2]), np.float32)
+        table[:size] = codebooks[step, :size]
+        tables.append(table)
+    tables[0] += quantizer.mean.detach().float().cpu().numpy()
+    return tables
+
+
+class Scanner:
+    """Codes in inverted lists, by row number.
+
+    Args:
+        tables: What they are scored by.
+        code_bytes: Bytes of a packed code.
+        metric: "cosine", "inner_product" or "l2", of the sums of the tables.
+    """
+
+    def __init__(self, tables: Tables, code_bytes: int, metric: str):
+        import faiss
+
+        self.tables, self.metric, self.code_bytes = tables, metric, code_bytes
+        self._bits = [len(table).bit_length() - 1 for table in tables.codewords]
+        self._codewords = np.concatenate(tables.codewords)
+        tables.codewords = np.split(self._codewords, np.cumsum([1 << bits for bits in self._bits])[:-1])
+        by_distance = metric == "l2"
+        self._coarse = faiss.IndexFlat(
+            self._codewords.shape[1], faiss.METRIC_L2 if by_distance else faiss.METRIC_INNER_PRODUCT
+        )
+        self._coarse.add(np.ascontiguousarray(tables.centroids))
+        self._index = self._made(len(tables.centroids))
+        self._mapped: Any = None  # lists in a memory map
+
+    def _made(self, lists: int) -> Any:
+        """An empty Faiss index whose look-up tables are its codebooks."""
+        import faiss
+
+        bits, unused = self._bits, 8 * self.code_bytes - sum(self._bits)
+        if self.tables.norms is not None:  # the norm's code begins at a whole byte
+            bits = [*bits, *([unused] if unused else []), 8]
+        inner, nonorm = faiss.METRIC_INNER_PRODUCT, faiss.AdditiveQuantizer.ST_LUT_nonorm
+        unit = faiss.IndexFlatIP(1)
+        index: Any = faiss.IndexIVFResidualQuantizer(unit, 1, lists, faiss_widths(bits), inner, nonorm)
+        index.referenced_objects = [unit]
+        index.by_residual = False
+        faiss.copy_array_to_vector(np.zeros(sum(1 << width for width in bits), np.float32), index.rq.codebooks)
+        index.rq.is_trained = index.is_trained = True
+        return index
+
+    def __len__(self) -> int:
+        return self._index.ntotal
+
+    @property
+    def lists(self) -> int:
+        """Inverted lists; 1 is a flat scan."""
+        return self._index.nlist
+
+    @property
+    def bytes_per_vector(self) -> int:
+        """Bytes in memory for each vector: its code, the code of its norm and its row number."""
+        return self._index.code_size + 8
+
+    def sums(self, codes: np.ndarray) -> np.ndarray:
+        """What the tables restore of packed codes, float32 `(n, hidden_size)`."""
+        sizes = [1 << bits for bits in self._bits]
+        rows = torch.from_numpy(unpack_codes(codes, len(sizes), sizes) + starts_of(sizes))
+        return F.embedding_bag(rows, torch.from_numpy(self._codewords), mode="sum").numpy()
+
+    def add(self, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Adds rows, int64 `(n,)`, and their packed codes, uint8 `(n, bytes)`, batch by batch."""
+        self._own()
+        made = [(rows, *self._extended(codes)) for rows, codes in batches]
+        if not made:
+            return
+        rows, codes, lists = (np.concatenate(parts) for parts in zip(*made, strict=True))
+        del made
+        order = np.argsort(lists, kind="stable")
+        ends = np.searchsorted(lists[order], np.arange(self.lists + 1))
+        for number, (start, stop) in enumerate(pairwise(ends)):
+            if stop > start:
+                self._append(number, rows[order[start:stop]], codes[order[start:stop]])
+        self._index.ntotal += len(rows)
+
+    def _append(self, number: int, rows: np.ndarray, codes: np.ndarray) -> None:
+        import faiss
+
+        rows, codes = np.ascontiguousarray(rows), np.ascontiguousarray(codes)
+        self._index.invlists.add_entries(number, len(rows), faiss.swig_ptr(rows), faiss.swig_ptr(codes))
+
+    def _extended(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The codes with that of their norm, and the list that each belongs to."""
+        if self.lists == 1 and self.tables.norms is None:
+            return codes, np.zeros(len(codes), np.int32)
+        sums = self.sums(codes)
+        lists = np.zeros(len(codes), np.int32)
+        if self.lists > 1:
+            lists[:] = self._coarse.search(sums, 1)[1][:, 0]
+        if self.tables.norms is not None:
+            low, high = self.tables.norms[[0, -1]]
+            levels = (np.linalg.norm(sums, axis=1) - low) / max(high - low, 1e-12) * (NORM_LEVELS - 1)
+            levels = np.clip(np.rint(levels), 0, NORM_LEVELS - 1).astype(np.uint8)
+            codes = np.hstack([codes, levels[:, None]])
+        return codes, lists
+
+    def remove(self, rows: np.ndarray) -> None:
+        """Drops rows; those that are not there are passed over."""
+        import faiss
+
+        if len(rows):
+            self._own()
+            self._index.remove_ids(faiss.IDSelectorBatch(np.ascontiguousarray(rows, np.int64)))
+
+    def search(
+        self,
+        queries: np.ndarray,
+        count: int,
+        nprobe: int,
+        rows: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of highest score.
+
+        Args:
+            queries: float32 `(n, hidden_size)`, for "cosine" of norm 1.
+            count: Rows per query.
+            nprobe: Lists to scan.
+            rows: Scan only these, int64, ascending; lists play no part then.
+
+        Returns:
+            Scores `(n, count)`, highest first, and row numbers; -1 where there are no more.
+        """
+        index, chosen = self._index, np.zeros((len(queries), 1), np.int64)
+        if rows is not None:
+            index = self._only(rows)
+        elif self.lists > 1:
+            chosen = self._coarse.search(queries, min(nprobe, self.lists))[1]
+        share = count / max(index.ntotal, 1)
+        scores = np.empty((len(queries), count), np.float32)
+        found = np.empty((len(queries), count), np.int64)
+        with ThreadPoolExecutor(workers := _workers(len(queries))) as pool:
+            indexes = [index, *(self._sharing(index) for _ in range(1, workers))]
+            for start in range(0, len(queries), QUERIES):
+                block = slice(start, start + QUERIES)
+                arrays = self._look_ups(queries[block], share), chosen[block], scores[block], found[block]
+                parts = zip(*(np.array_split(array, workers) for array in arrays), strict=True)
+                list(pool.map(_scan, indexes, *zip(*parts, strict=True)))
+        return scores, found
+
+    def _sharing(self, index: Any) -> Any:
+        """Another index over the same lists, for look-up tables of its own."""
+        other = self._made(index.nlist)
+        other.replace_invlists(index.invlists, False)
+        other.ntotal = index.ntotal
+        return other
+
+    def _look_ups(self, queries: np.ndarray, share: float) -> np.ndarray:
+        """What every value of every code adds to the score, `(n, values of all codes)`."""
+        parts, norms = [queries @ self._codewords.T], self.tables.norms
+        if norms is not None:
+            unused = 8 * self.code_bytes - sum(self._bits)
+            parts.append(np.zeros((len(queries), 1 << unused if unused else 0), np.float32))
+            squares = np.broadcast_to(-0.5 * norms**2, (len(queries), NORM_LEVELS))
+            parts.append(squares if self.metric == "l2" else -self.thresholds(queries, share)[:, None] * norms)
+        return np.hstack(parts)
+
+    def thresholds(self, queries: np.ndarray, share: float) -> np.ndarray:
+        """The cosine that about a share of all codes exceeds, for each query: float32 `(n,)`."""
+        probes = self.tables.probes
+        if probes is None:
+            return np.zeros(len(queries), np.float32)
+        rank = min(max(int(np.ceil(share * len(probes))), 1), len(probes))
+        return np.partition(queries @ probes.T, -rank, axis=1)[:, -rank]
+
+    def _only(self, rows: np.ndarray):
+        """An index of one list with some rows, since Faiss's additive scanners cannot leave rows out."""
+        import faiss
+
+        index = self._made(1)
+        wanted = np.zeros(int(rows[-1]) + 1 if len(rows) else 0, bool)
+        wanted[rows] = True
+        for number in range(self.lists):
+            ids, codes = self._list(number)
+            inside = (ids >= 0) & (ids < len(wanted))
+            inside[inside] = wanted[ids[inside]]
+            kept = np.ascontiguousarray(ids[inside]), np.ascontiguousarray(codes[inside])
+            if len(kept[0]):
+                index.invlists.add_entries(0, len(kept[0]), faiss.swig_ptr(kept[0]), faiss.swig_ptr(kept[1]))
+                index.ntotal += len(kept[0])
+        return index
+
+    def _list(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Row numbers and codes of one list, views of Faiss's memory."""
+        import faiss
+
+        lists, size = self._index.invlists, self._index.invlists.list_size(number)
+        if not size:
+            return np.empty(0, np.int64), np.empty((0, self._index.code_size), np.uint8)
+        ids = faiss.rev_swig_ptr(lists.get_ids(number), size)
+        codes = faiss.rev_swig_ptr(lists.get_codes(number), size * self._index.code_size)
+        return ids, codes.reshape(size, -1)
+
+    # --- snapshots -----------------------------------------------------------------------------------------------
+
+    def save(self, file: Path, notes: dict[str, int], with_codewords: bool) -> None:
+        """Writes a snapshot: arrays only, of which the lists are laid out as Faiss reads them from a memory map.
+
+        Args:
+            file: Where to.
+            notes: Integers that [`load`] gives back.
+            with_codewords: Store the tables, because the quantizer does not give them.
+        """
+        width = self._index.code_size + 8
+        lists = np.empty(len(self) * width, np.uint8)
+        sizes, place = np.zeros(self.lists, np.int64), 0
+        for number in range(self.lists):
+            rows, codes = self._list(number)
+            part = lists[place : place + len(rows) * width]
+            part[: codes.size], part[codes.size :] = codes.reshape(-1), rows.view(np.uint8)
+            sizes[number], place = len(rows), place + len(part)
+        arrays = {"lists": lists, "sizes": sizes, "centroids": self.tables.centroids}
+        more = {"norms": self.tables.norms, "probes": self.tables.probes}
+        arrays |= {name: array for name, array in more.items() if array is not None}
+        if with_codewords:
+            arrays["codewords"] = np.concatenate(self.tables.codewords)
+        save_file(arrays, file, {name: str(value) for name, value in notes.items()})
+
+    @classmethod
+    def load(
+        cls, file: Path, codewords: list[np.ndarray] | None, bits: list[int], code_bytes: int, metric: str
+    ) -> tuple["Scanner", dict[str, int]]:
+        """Opens a snapshot; its lists stay in the file until they are changed.
+
+        Args:
+            file: Of [`save`].
+            codewords: The tables, if they are not in the file.
+            bits: Bits of each code.
+            code_bytes: Bytes of a packed code.
+            metric: As it was.
+
+        Returns:
+            The scanner and the notes.
+
+        Raises:
+            ValueError: If the file does not fit.
+        """
+        try:
+            with safe_open(file, "numpy") as opened:
+                notes = {name: int(value) for name, value in opened.metadata().items()}
+                arrays = {name: opened.get_tensor(name) for name in opened.keys() if name != "lists"}  # noqa: SIM118
+            if codewords is None:
+                codewords = np.split(arrays["codewords"], np.cumsum([1 << width for width in bits])[:-1])
+            tables = Tables(codewords, arrays.get("norms"), arrays["centroids"], arrays.get("probes"))
+            scanner = cls(tables, code_bytes, metric)
+            scanner._map(file, arrays["sizes"])
+        except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+            raise ValueError(f"{file} is no snapshot of this index: {error}. Delete it; it is made anew.") from error
+        return scanner, notes
+
+    def _map(self, file: Path, sizes: np.ndarray) -> None:
+        """Lets Faiss read the lists from the file, where they lie one after the other: codes, then row numbers."""
+        import faiss
+
+        place, stop = _span(file, "lists")
+        width = self._index.code_size + 8
+        if len(sizes) != self.lists or (sizes < 0).any() or int(sizes.sum()) * width != stop - place:
+            raise ValueError("its lists have other sizes than they should")
+        mapped: Any = faiss.OnDiskInvertedLists()
+        mapped.nlist, mapped.code_size, mapped.filename = self.lists, self._index.code_size, str(file)
+        mapped.read_only, mapped.totsize, mapped.prefetch_nthread = True, file.stat().st_size, 0
+        for size in sizes.tolist():
+            one = faiss.OnDiskOneList()
+            one.size, one.capacity, one.offset = size, size, place
+            mapped.lists.push_back(one)
+            place += size * width
+        mapped.do_mmap()
+        self._index.replace_invlists(mapped, False)
+        self._mapped, self._index.ntotal = mapped, int(sizes.sum())
+
+    def _own(self) -> None:
+        """Copies lists out of a memory map, before they are changed."""
+        import faiss
+
+        if self._mapped is None:
+            return
+        lists: Any = faiss.ArrayInvertedLists(self.lists, self._index.code_size)
+        for number in range(self.lists):
+            size = self._mapped.list_size(number)
+            if size:
+                lists.add_entries(number, size, self._mapped.get_ids(number), self._mapped.get_codes(number))
+        lists.this.disown()
+        self._index.replace_invlists(lists, True)
+        self._mapped = None
+
+
+def _workers(queries: int) -> int:
+    """Threads that share some queries: as many as Faiss would use, where there is enough for each."""
+    import faiss
+
+    return max(1, min(faiss.omp_get_max_threads(), queries // 8))
+
+
+def _scan(index, look_ups: np.ndarray, lists: np.ndarray, scores: np.ndarray, rows: np.ndarray) -> None:
+    """Scans some lists for each query; fills in scores and rows, best first."""
+    import faiss
+
+    codebooks = faiss.rev_swig_ptr(index.rq.codebooks.data(), look_ups.shape[1])
+    one, nothing = np.ones((1, 1), np.float32), np.zeros((1, lists.shape[1]), np.float32)
+    index.nprobe = lists.shape[1]
+    for place, look_up in enumerate(look_ups):
+        codebooks[:] = look_up
+        found = index.search_preassigned(one, scores.shape[1], lists[place : place + 1], nothing)
+        scores[place], rows[place] = found[0][0], found[1][0]
+
+
+def fit_scanner(quantizer: RQMoEModel, sample: np.ndarray, steps: int, metric: str, lists: int) -> Scanner:
+    """An empty scanner whose tables, norms and lists suit a sample of codes, uint8 `(n, bytes)`, n >= 1."""
+    experts = quantizer.config.has_experts
+    codewords = fit_codewords(quantizer, sample[:FIT_ROWS], steps) if experts else exact_codewords(quantizer, steps)
+    flat = np.zeros((1, codewords[0].shape[1]), np.float32)
+    if lists == 1 and metric == "inner_product":
+        return Scanner(Tables(codewords, None, flat), sample.shape[1], metric)
+    sums = Scanner(Tables(codewords, None, flat), sample.shape[1], metric).sums(sample)
+    lengths = np.linalg.norm(sums, axis=1)
+    norms = np.linspace(lengths.min(), lengths.max(), NORM_LEVELS, dtype=np.float32)
+    centroids = flat if lists == 1 else find_centroids(sums, lists, spherical=metric != "l2")
+    tables = Tables(codewords, None if metric == "inner_product" else norms, centroids)
+    if metric == "cosine":
+        rows = np.unique(np.linspace(0, len(sums) - 1, PROBES).astype(int))
+        tables.probes = sums[rows] / np.maximum(lengths[rows, None], 1e-12)
+    return Scanner(tables, sample.shape[1], metric)
+
+
+def _span(file: Path, name: str) -> tuple[int, int]:
+    """Where an array of a safetensors file begins and ends."""
+    with open(file, "rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    start, stop = header[name]["data_offsets"]
+    return 8 + length + start, 8 + length + stop
+
+
+def find_centroids(vectors: np.ndarray, lists: int, spherical: bool, seed: int = 0) -> np.ndarray:
+    """Centroids of the inverted lists by k-means: float32 `(lists, d)`."""
+    import faiss
+
+    kmeans = faiss.Kmeans(vectors.shape[1], lists, niter=ITERATIONS, seed=seed, spherical=spherical,
+                          max_points_per_centroid=POINTS_PER_LIST, min_points_per_centroid=1)  # fmt: skip
+    kmeans.train(np.ascontiguousarray(vectors))
+    return np.asarray(kmeans.centroids)

@@ -1,0 +1,64 @@
+"""What a collection is: decided when it is made, and kept in its manifest."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from ..bundled import bundled_quantizers
+from ..modeling_rqmoe import RQMoEModel
+from ..saving import weights_checksum
+from .storage import FORMAT
+
+Metric = Literal["cosine", "inner_product", "l2"]
+Kind = Literal["auto", "flat", "ivf"]
+Rescore = Literal["auto", "floats", "codes", "tables"]
+Duplicates = Literal["error", "skip", "replace"]
+
+
+def make_settings(
+    quantizer: RQMoEModel,
+    metric: str,
+    kind: str,
+    num_lists: int | None,
+    encoder: Any,
+    num_codebooks: int | None,
+    keep_floats: bool,
+) -> dict[str, Any]:
+    """The settings of a new collection; the arguments are those of `RQMoEIndex`.
+
+    Raises:
+        ValueError: If one of them is not possible.
+    """
+    check_choice("metric", metric, ("cosine", "inner_product", "l2"))
+    check_choice("kind", kind, ("auto", "flat", "ivf"))
+    if num_lists is not None and num_lists < 1:
+        raise ValueError(f"num_lists must be at least 1, got {num_lists}.")
+    quantizer._require_initialized("make an index")
+    config = quantizer.config
+    steps = config.num_codebooks if num_codebooks is None else num_codebooks
+    if not 1 <= steps <= config.num_codebooks:
+        raise ValueError(f"num_codebooks must lie between 1 and {config.num_codebooks}, got {num_codebooks}.")
+    bundled = {str(folder): name for name, folder in bundled_quantizers().items()}
+    source = quantizer.name_or_path or ""
+    made_by = {
+        "model": bundled.get(source, source),
+        "revision": quantizer.commit_hash,
+        "weights": weights_checksum(quantizer),
+        "num_codebooks": steps,
+        "codebook_size": config.code_sizes,
+        "hidden_size": config.hidden_size,
+    }
+    return {
+        "format": FORMAT,
+        "quantizer": made_by,
+        "metric": metric,
+        "kind": kind,
+        "num_lists": num_lists,
+        "keep_floats": keep_floats,
+        "encoder": encoder if isinstance(encoder, str) else None,
+    }
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises a ValueError unless a value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")

@@ -1,0 +1,108 @@
+"""What the processes of test_index_storage.py do; they are forked from a server that has imported everything."""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+from conftest import MEMBERS, SIZE, randomize
+
+from rqmoe_hf import RQMoEModel
+from rqmoe_hf.index import RQMoEIndex
+
+MODEL = randomize(RQMoEModel(MEMBERS["additive"]))
+
+
+def vector_of(id: int) -> np.ndarray:
+    """The embedding of a document: its id decides it."""
+    return np.random.default_rng(id).normal(size=SIZE).astype(np.float32)
+
+
+def text_of(id: int, version: int) -> str:
+    """The text of a document, now and then longer than a page of the database."""
+    return f"text {id} {version} " * (1 + 700 * (id % 13 == 0))
+
+
+def plan(rng: np.random.Generator, known: list[int], fresh: int) -> dict:
+    """A random change."""
+    kind = rng.choice(["add", "add", "add", "remove", "update", "save"])
+    if kind == "add" or len(known) < 20:
+        return {"kind": "add", "ids": list(range(fresh, fresh + int(rng.integers(1, 60))))}
+    count = 0 if kind == "save" else int(rng.integers(1, 20))
+    return {"kind": kind, "ids": rng.choice(known, count, replace=False).tolist(), "version": int(rng.integers(1000))}
+
+
+def change(index: RQMoEIndex, planned: dict) -> None:
+    """Carries a change out."""
+    ids, version = planned["ids"], planned.get("version", 0)
+    if planned["kind"] == "save":
+        index.save()
+    elif planned["kind"] == "remove":
+        index.remove(ids)
+    else:
+        vectors, texts = np.stack([vector_of(id) for id in ids]), [text_of(id, version) for id in ids]
+        metadata = [{"id": id, "version": version} for id in ids]
+        if planned["kind"] == "add":
+            index.add(vectors, ids=ids, texts=texts, metadata=metadata)
+        else:
+            index.update(ids, vectors, texts=texts, metadata=metadata)
+
+
+def keep_changing(folder: Path, log: Path, seed: int) -> None:
+    """Plans a change, notes it, carries it out, acknowledges it, and so on until killed."""
+    rng = np.random.default_rng(seed)
+    with open(log, "w", buffering=1) as notes:
+        while True:
+            with RQMoEIndex.load(folder, MODEL) as index:
+                for _ in range(int(rng.integers(1, 12))):
+                    known = [document.id for document in index.documents()]
+                    planned = plan(rng, known, max(known, default=0) + 1)
+                    notes.write(json.dumps(planned) + "\n")
+                    change(index, planned)
+                    notes.write("acknowledged\n")
+                    if rng.random() < 0.3 and len(index):
+                        index.search(vector_of(1), 5, shortlist=10)
+
+
+def make(folder: Path, log: Path, seed: int) -> None:
+    """Makes an index from nothing."""
+    log.write_text("begun")
+    RQMoEIndex(MODEL, folder)
+    log.write_text("made")
+    time.sleep(60)
+
+
+def hold(folder: Path, log: Path, seed: int) -> None:
+    """Writes, and does not let go."""
+    index = RQMoEIndex.load(folder, MODEL)
+    change(index, {"kind": "add", "ids": [8000]})
+    log.write_text("held")
+    time.sleep(60)
+
+
+def write_tens(folder: Path, log: Path, seed: int) -> None:
+    """Adds and removes ten documents at a time."""
+    with RQMoEIndex.load(folder, MODEL) as index:
+        for start in range(1000, 1600, 10):
+            change(index, {"kind": "add", "ids": list(range(start, start + 10))})
+            if start % 50 == 0:
+                index.remove(range(start, start + 10))
+            if start % 100 == 0:
+                index.save()
+    log.write_text("written")
+
+
+def read_tens(folder: Path, log: Path, seed: int) -> None:
+    """Reads until the last ten are there; whatever it sees is whole, and what was there stays there."""
+    seen, searches = 0, 0
+    with RQMoEIndex.load(folder, MODEL) as index:
+        while 1599 not in index:
+            documents = list(index.documents({"version": 0}))
+            assert all(document.text == text_of(document.id, 0) for document in documents)
+            count = len(index)
+            assert count % 10 == 0, count
+            scores, ids = index.search(vector_of(1001 + 10 * searches % 500), 7, shortlist=20)
+            assert len(ids) == 7 and np.isfinite(scores).all()
+            seen, searches = max(seen, count), searches + 1
+        final = len(index)
+    log.write_text(json.dumps([final, seen, searches]))
