@@ -1,7 +1,6 @@
 """Index folders: what survives a kill, what damage is noticed, who may write."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import sqlite3
@@ -12,35 +11,14 @@ from pathlib import Path
 import index_workers
 import numpy as np
 import pytest
-from conftest import MEMBERS, ROOT, SIZE, randomize
+from conftest import MEMBERS, SIZE, randomize
 from index_workers import MODEL, text_of, vector_of
 
 from rqmoe_hf import RQMoEModel
 from rqmoe_hf.index import Document, RQMoEIndex, verify
 from rqmoe_hf.index.storage import DATABASE, LOCK, MANIFEST
 
-KILLS = int(os.environ.get("INDEX_KILLS", "8"))
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Starts functions of index_workers in processes of their own."""
-    before = os.environ.get("PYTHONPATH", "")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), before])  # for what is imported ahead
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["index_workers"])
-    started = []
-
-    def start(function, folder, log, seed=0):
-        process = context.Process(target=function, args=(folder, log, seed), daemon=True)
-        process.start()
-        started.append(process)
-        return process
-
-    yield start
-    os.environ["PYTHONPATH"] = before
-    for process in started:
-        process.kill()
+KILLS = int(os.environ.get("INDEX_KILLS", "6"))
 
 
 def wait_for(file: Path, process) -> None:
