@@ -322,6 +322,7 @@ BROKEN = np.full((2, SIZE), np.nan, np.float32)
         (lambda index, x: index.get([99]), "not in the index: 99"),
         (lambda index, x: index.reconstruct([99]), "not in the index: 99"),
         (lambda index, x: index.save(), "This index has no folder"),
+        (lambda index, x: index.add_from(x, batch_size=0), "batch_size must be at least 1"),
     ],
 )
 def test_bad_input_is_named_and_changes_nothing(additive, clustered, call, message):

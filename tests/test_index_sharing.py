@@ -49,6 +49,9 @@ LOAD = """
         assert "Hub's cache" in str(error)
     first.search(vectors[:3], 5, shortlist=200)
     first.close()
+    os.mkdir("copy")
+    with open("copy/collection.sqlite-wal", "wb") as leftover:
+        leftover.write(b"of a process that was killed")
     second = RQMoEIndex.from_pretrained("org/index", folder="copy", revision="second")
     np.savez("found.npz", *second.search(vectors[:3], 5, shortlist=200))
     second.add(vectors[:1], ids=["new"])
