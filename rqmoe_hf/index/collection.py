@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,17 @@ class Collection:
         with self._database.reading():
             return bool(self._database.find([id]))
 
+    @property
+    def id_type(self) -> type[int] | type[str] | None:
+        """Whether ids are integers or strings; None while the index is empty."""
+        with self._database.reading():
+            return self._database.id_type()
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the collection is; None if it is in this process only."""
+        return None if self._folder is None else self._folder.path
+
     def get(self, ids: Iterable[Id], missing_ok: bool = False) -> list[Document]:
         """Texts and metadata.
 
@@ -76,7 +88,10 @@ class Collection:
             return [found[row] for row in rows]
 
     def documents(self, filter: Filter | None = None) -> Iterator[Document]:
-        """All documents that a filter holds for, in the order in which they were added."""
+        """All documents that a filter holds for, in the order in which they were added or last updated.
+
+        Documents that change while they are gone through may come in either state, or in both.
+        """
         after = 0
         while True:
             with self._database.reading():
@@ -200,6 +215,8 @@ class Collection:
         Raises:
             ValueError: As [`add`], or because a column is missing.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         table = SourceTable(source, self.quantizer, column, text_column, id_column, metadata_columns, split)
         with self._database.reading() as state:
             done = json.loads(state.sources).get(table.name, 0)
@@ -281,7 +298,8 @@ class Collection:
             raise ValueError("This index has no folder: name one to save it to.")
         if self._read_only:
             raise ValueError("This index lies in the Hub's cache, which is not changed: load it with folder='...'.")
-        if not self._folder.is_writer:
-            self._folder.claim()
-            self._folder.read()  # another writer may have changed it
+        with self._database.lock:  # threads that write for the first time at once would refuse each other
+            if not self._folder.is_writer:
+                self._folder.claim()
+                self._folder.read()  # another writer may have changed it
         return self._folder

@@ -1,7 +1,8 @@
-"""Metadata filters: a small dictionary language, compiled to an SQLite condition whose values are bound.
+r"""Metadata filters: a small dictionary language, compiled to an SQLite condition whose values are bound.
 
 `{"lang": "en"}` asks for equality, `{"year": {"$gte": 2020, "$lt": 2025}}` for a range, and several fields at once
-must all hold. Fields inside others are written with dots (`"author.name"`). The operators:
+must all hold. Fields inside others are written with dots (`"author.name"`; `r"a\.b"` is a field with a dot in its own
+name). `$id` is the document's id. The operators:
 
 | operator | holds where the field |
 | --- | --- |
@@ -9,29 +10,54 @@ must all hold. Fields inside others are written with dots (`"author.name"`). The
 | `$gt`, `$gte`, `$lt`, `$lte` | is of the value's kind (number or string) and lies so |
 | `$in`, `$nin` | equals one of the values, or none |
 | `$contains` | is a list that holds the value |
+| `$text`, `$itext` | is a string that holds this one; the latter ignores case |
 | `$exists` | is there (`True`) or not (`False`) |
+| `$empty` | is missing, null, `""` or `[]` (`True`), or none of these (`False`) |
 | `$and`, `$or`, `$not` | combine whole filters: lists of them, or one |
 
 A condition on a field that a document lacks is false. `$ne`, `$nin`, `$not` and `{"$exists": False}` are the exact
 opposites of the others and therefore true there. `None` stands for a field that is missing or null. As in Python,
-`True` equals 1.
+`True` equals 1. Strings of the metadata are compared up to the character U+0000, if they hold it.
 """
 
 import json
 import math
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 Filter = dict[str, object]
 Scalar = str | int | float | bool | None
 
 COMPARISONS = {"$gt": ">", "$gte": ">=", "$lt": "<", "$lte": "<="}
 OPPOSITES = {"$ne": "$eq", "$nin": "$in"}
-FIELD_OPERATORS = ("$eq", "$ne", *COMPARISONS, "$in", "$nin", "$contains", "$exists")
+HOLDS = {"$text": "instr({}, ?)", "$itext": "instr(casefold({}), casefold(?))"}
+FIELD_OPERATORS = ("$eq", "$ne", *COMPARISONS, "$in", "$nin", "$contains", *HOLDS, "$exists", "$empty")
+ID = "$id"
 DEPTH = 32  # of nested filters; SQLite has a limit of its own on deep expressions
 
 
+@dataclass
+class Field:
+    """A field as SQLite reads it.
+
+    Args:
+        name: As the user wrote it.
+        kind: Expression for its JSON type; NULL if it is missing.
+        value: Expression for its value; JSON text for lists and dictionaries.
+        bound: What is to be bound for each of the two.
+    """
+
+    name: str
+    kind: str
+    value: str
+    bound: list[Scalar]
+
+
 def compile_filter(filter: Filter, depth: int = 0) -> tuple[str, list[Scalar]]:
-    """An SQLite condition over a column `metadata` (JSON) and the values to bind to it.
+    """An SQLite condition over the columns `id` and `metadata` (JSON), and the values to bind to it.
+
+    It calls a function `casefold`, which the connection must have.
 
     Args:
         filter: See the module's docstring. An empty one holds everywhere.
@@ -45,7 +71,8 @@ def compile_filter(filter: Filter, depth: int = 0) -> tuple[str, list[Scalar]]:
     if depth > DEPTH:
         raise ValueError(f"The filter is nested more than {DEPTH} deep.")
     parts = [
-        _logical(name, value, depth) if name.startswith("$") else _field(name, value) for name, value in filter.items()
+        _logical(name, value, depth) if name.startswith("$") and name != ID else _conditions(_field(name), value)
+        for name, value in filter.items()
     ]
     return _joined(parts, "AND", "1")
 
@@ -56,70 +83,78 @@ def _logical(name: str, value: object, depth: int) -> tuple[str, list[Scalar]]:
         return f"NOT {condition}", values
     if name not in ("$and", "$or") or not isinstance(value, (list, tuple)):
         raise ValueError(
-            f"{name!r} is not understood here: expected a field's name, $and or $or with a list of filters, or $not "
-            f"with a filter, got {value!r}."
+            f"{name!r} is not understood here: expected a field's name, {ID}, $and or $or with a list of filters, or "
+            f"$not with a filter, got {value!r}."
         )
     parts = [compile_filter(part, depth + 1) for part in value]
     return _joined(parts, "AND", "1") if name == "$and" else _joined(parts, "OR", "0")
 
 
-def _field(name: str, wanted: object) -> tuple[str, list[Scalar]]:
-    path = _path(name)
+def _conditions(field: Field, wanted: object) -> tuple[str, list[Scalar]]:
     if not isinstance(wanted, dict):
-        return _condition(path, "$eq", wanted, name)
+        return _condition(field, "$eq", wanted)
     if not wanted:
-        raise ValueError(f"The filter on {name!r} is empty: expected one of {', '.join(FIELD_OPERATORS)}.")
-    return _joined([_condition(path, operator, value, name) for operator, value in wanted.items()], "AND", "1")
+        raise ValueError(f"The filter on {field.name!r} is empty: expected one of {', '.join(FIELD_OPERATORS)}.")
+    return _joined([_condition(field, operator, value) for operator, value in wanted.items()], "AND", "1")
 
 
-def _condition(path: str, operator: str, value: object, name: str) -> tuple[str, list[Scalar]]:
+def _condition(field: Field, operator: str, value: object) -> tuple[str, list[Scalar]]:
     """One operator on one field. It is never NULL, so that NOT gives the exact opposite."""
     if operator in OPPOSITES:
-        condition, values = _condition(path, OPPOSITES[operator], value, name)
+        condition, values = _condition(field, OPPOSITES[operator], value)
         return f"NOT {condition}", values
-    if operator == "$exists":
-        if not isinstance(value, bool):
-            raise ValueError(f"$exists on {name!r} expects True or False, got {value!r}.")
-        return f"(json_type(metadata, ?) IS {'NOT ' if value else ''}NULL)", [path]
-    if operator == "$eq":
-        scalar = _scalar(value, operator, name)
-        return f"({_same_kind(scalar)} AND json_extract(metadata, ?) IS ?)", [path, path, scalar]
+    if operator in ("$exists", "$empty"):
+        return _presence(field, operator, value)
     if operator == "$in":
-        return _in(path, value, name)
+        return _in(field, value)
+    if operator not in FIELD_OPERATORS:
+        raise ValueError(f"The operator {operator!r} on {field.name!r} is not one of {', '.join(FIELD_OPERATORS)}.")
+    scalar = _scalar(value, operator, field.name)
     if operator == "$contains":
-        scalar = _scalar(value, operator, name)
-        found = "EXISTS (SELECT 1 FROM json_each(metadata, ?) AS item WHERE item.atom IS ?)"
-        return f"(json_type(metadata, ?) IS 'array' AND {found})", [path, path, scalar]
-    if operator in COMPARISONS:
-        scalar = _scalar(value, operator, name)
-        if scalar is None:
-            raise ValueError(f"{operator} on {name!r} expects a number or a string, got None.")
-        compared = f"json_extract(metadata, ?) {COMPARISONS[operator]} ?"
-        return f"({_same_kind(scalar)} AND {compared})", [path, path, scalar]
-    raise ValueError(f"The operator {operator!r} on {name!r} is not one of {', '.join(FIELD_OPERATORS)}.")
+        elements = f"json_each(CASE {field.kind} WHEN 'array' THEN {field.value} END)"
+        return f"EXISTS (SELECT 1 FROM {elements} WHERE atom IS ?)", [*field.bound, *field.bound, scalar]
+    if operator in HOLDS and not isinstance(scalar, str):
+        raise ValueError(f"{operator} on {field.name!r} expects a string, got {value!r}.")
+    if operator in COMPARISONS and scalar is None:
+        raise ValueError(f"{operator} on {field.name!r} expects a number or a string, got None.")
+    if operator in HOLDS:
+        compared = HOLDS[operator].format(field.value)
+    else:
+        compared = f"{field.value} {COMPARISONS.get(operator, 'IS')} ?"
+    return f"({_same_kind(field, scalar)} AND {compared})", [*field.bound, *field.bound, scalar]
 
 
-def _in(path: str, wanted: object, name: str) -> tuple[str, list[Scalar]]:
+def _presence(field: Field, operator: str, value: object) -> tuple[str, list[Scalar]]:
+    if not isinstance(value, bool):
+        raise ValueError(f"{operator} on {field.name!r} expects True or False, got {value!r}.")
+    if operator == "$exists":
+        return f"({field.kind} IS {'NOT ' if value else ''}NULL)", field.bound
+    cases = f"WHEN 'null' THEN 1 WHEN 'text' THEN {field.value} = '' WHEN 'array' THEN {field.value} = '[]' ELSE 0"
+    empty = f"(CASE coalesce({field.kind}, 'null') {cases} END)"
+    return (empty if value else f"NOT {empty}"), field.bound * 3
+
+
+def _in(field: Field, wanted: object) -> tuple[str, list[Scalar]]:
     """The values travel as one JSON list, of any length."""
     if not isinstance(wanted, (list, tuple, set, frozenset)):
-        raise ValueError(f"$in on {name!r} expects a list of values, got {wanted!r}.")
-    scalars = [_scalar(value, "$in", name) for value in wanted]
+        raise ValueError(f"$in on {field.name!r} expects a list of values, got {wanted!r}.")
+    scalars = [_scalar(value, "$in", field.name) for value in wanted]
     if any(isinstance(value, float) and math.isinf(value) for value in scalars):
-        raise ValueError(f"$in on {name!r} expects finite numbers, got {wanted!r}.")
-    plain = "coalesce(json_type(metadata, ?), 'null') NOT IN ('null', 'array', 'object')"
-    found = f"({plain} AND json_extract(metadata, ?) IN (SELECT atom FROM json_each(?) WHERE atom IS NOT NULL))"
-    parts: list[tuple[str, list[Scalar]]] = [(found, [path, path, json.dumps(scalars)])]
+        raise ValueError(f"$in on {field.name!r} expects finite numbers, got {wanted!r}.")
+    plain = f"coalesce({field.kind}, 'null') NOT IN ('null', 'array', 'object')"
+    found = f"({plain} AND {field.value} IN (SELECT atom FROM json_each(?) WHERE atom IS NOT NULL))"
+    parts: list[tuple[str, list[Scalar]]] = [(found, [*field.bound, *field.bound, json.dumps(scalars)])]
     if None in scalars:
-        parts.append(_condition(path, "$eq", None, name))
+        parts.append(_condition(field, "$eq", None))
     return _joined(parts, "OR", "0")
 
 
-def _same_kind(value: Scalar) -> str:
+def _same_kind(field: Field, value: Scalar) -> str:
     """That the field is of the value's kind: to SQLite any string is above any number, and a list equals its text."""
     if value is None:
-        return "coalesce(json_type(metadata, ?), 'null') IS 'null'"
+        return f"coalesce({field.kind}, 'null') IS 'null'"
     kinds = "('text')" if isinstance(value, str) else "('integer', 'real', 'true', 'false')"
-    return f"coalesce(json_type(metadata, ?), '') IN {kinds}"
+    return f"coalesce({field.kind}, '') IN {kinds}"
 
 
 def _scalar(value: object, operator: str, name: str) -> Scalar:
@@ -134,13 +169,18 @@ def _scalar(value: object, operator: str, name: str) -> Scalar:
     return value
 
 
-def _path(name: str) -> str:
+def _field(name: str) -> Field:
     """The field as a JSON path. It is bound like a value, and quoted for SQLite's own syntax."""
-    if not all(name.split(".")) or json.dumps(name, ensure_ascii=False) != f'"{name}"':
+    if name == ID:
+        return Field(name, "typeof(id)", "id", [])
+    parts = [part.replace(r"\.", ".") for part in re.split(r"(?<!\\)\.", name)]
+    if not all(part and json.dumps(part, ensure_ascii=False) == f'"{part}"' for part in parts):
         raise ValueError(
-            f"A filter's field may not be empty or hold quotation marks, backslashes or control codes, got {name!r}."
+            "A filter's field may not be empty or hold quotation marks, control codes, or backslashes but before a "
+            f"dot, got {name!r}."
         )
-    return "$" + "".join(f'."{part}"' for part in name.split("."))
+    path = "$" + "".join(f'."{part}"' for part in parts)
+    return Field(name, "json_type(metadata, ?)", "json_extract(metadata, ?)", [path])
 
 
 def _joined(parts: Sequence[tuple[str, list[Scalar]]], word: str, empty: str) -> tuple[str, list[Scalar]]:

@@ -16,6 +16,7 @@ FOREIGN = "The snapshot of the index does not belong to its database: delete sca
 BLOCK = 16_384  # vectors restored at a time
 DECODE_UP_TO = 1_024  # rows that a filter leaves: scanning them would not pay
 SHORTLIST = 100
+LEAST_LISTS = 32
 
 
 @dataclass
@@ -150,7 +151,7 @@ class Ranker:
             top_k: Hits per query.
             shortlist: Rows that the tables choose.
             rescore: "floats", "codes" or "tables".
-            nprobe: Lists to scan; None for a sixteenth of them, at least eight.
+            nprobe: Lists to scan; None for a sixteenth of them, at least 32.
             allowed: Consider only these rows, int64, ascending.
             state: That of the transaction.
         """
@@ -177,7 +178,7 @@ class Ranker:
     ) -> np.ndarray:
         """Rows that the tables rank highest, `(n, shortlist)`, -1 where there are fewer."""
         asked = normalized(queries) if self.scanned == "cosine" else queries
-        probed = nprobe or max(8, scanner.lists // 16)
+        probed = nprobe or max(LEAST_LISTS, scanner.lists // 16)
         rows = scanner.search(asked, shortlist, probed, allowed)[1]
         if allowed is None and probed < scanner.lists:
             short = (rows >= 0).sum(axis=1) < count  # the lists scanned hold too few
