@@ -12,6 +12,7 @@ from .evaluate import evaluate
 from .index import app as index
 from .info import info
 from .push import push
+from .serve import serve
 from .train import train
 
 app = typer.Typer(
@@ -20,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Compress sentence embeddings to 8 to 64 bytes each. Start with `rqmoe demo`.",
 )
-for command in (demo, embed, train, compress, decompress, evaluate, push, info, convert):
+for command in (demo, embed, train, compress, decompress, evaluate, push, serve, info, convert):
     app.command()(command)
 app.add_typer(index, name="index")
 
