@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 from urllib.parse import urlsplit
@@ -94,7 +94,7 @@ async def _read(receive: Receive) -> bytes:
     return body
 
 
-def error_response(status: int, text: str, headers: dict[str, str] | None = None) -> JSONResponse:
+def error_response(status: int, text: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """An error as all of them look: `{"error": text}`."""
     return JSONResponse({"error": text}, status, headers)
 
