@@ -16,6 +16,11 @@ def bundled_quantizers() -> dict[str, Path]:
     return {}
 
 
+def bundled_name(source: str | None) -> str | None:
+    """The name of the bundled quantizer in a folder; None if it is none of them."""
+    return next((name for name, folder in bundled_quantizers().items() if str(folder) == source), None)
+
+
 def quantizer_source(name: str) -> str:
     """The folder or Hub id behind a bundled name, a folder or a Hub id.
 

@@ -4,6 +4,7 @@ import hashlib
 import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
@@ -60,3 +61,15 @@ def weights_checksum(model: RQMoEModel) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def maker_record(model: RQMoEModel, num_codebooks: int) -> dict[str, Any]:
+    """What is kept beside codes: which quantizer made them, and how many codes of which sizes a vector has."""
+    return {
+        "model": model.name_or_path,
+        "revision": model.commit_hash,
+        "weights": weights_checksum(model),
+        "num_codebooks": num_codebooks,
+        "codebook_size": model.config.code_sizes,
+        "hidden_size": model.config.hidden_size,
+    }

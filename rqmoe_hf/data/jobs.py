@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 
 from ..modeling_rqmoe import RQMoEModel
-from ..saving import weights_checksum
+from ..saving import maker_record, weights_checksum
 from .shards import column_array, fixed_size_column, write_shards
 from .sources import as_array, load_embeddings, load_table
 
@@ -123,14 +123,7 @@ def compress_shards(
     search: dict = {"num_codebooks": steps, "num_candidates": num_candidates, "beam_size": beam_size}
     if local_search is not None:  # not among the settings of jobs that were begun without it
         search["local_search"] = local_search
-    info = {
-        "model": model.name_or_path,
-        "revision": model.commit_hash,
-        "weights": weights_checksum(model),
-        "num_codebooks": steps,
-        "codebook_size": model.config.code_sizes,
-        "hidden_size": model.config.hidden_size,
-    }
+    info = maker_record(model, steps)
 
     def make(start: int, stop: int) -> pa.Table:
         codes = model.compress(as_array(dataset, np.arange(start, stop)), **search, show_progress_bar=False)

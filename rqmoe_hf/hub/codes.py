@@ -15,14 +15,15 @@ from datasets import Dataset
 from huggingface_hub import CommitInfo, DatasetCard, DatasetCardData, HfApi, HfFileSystem, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from ..bundled import bundled_quantizers
+from ..bundled import bundled_name
 from ..codes import bytes_per_vector
 from ..data.jobs import CODES_METADATA, check_quantizer, codes_info
 from ..data.shards import fixed_size_column
 from ..data.sources import load_table
 from ..modeling_rqmoe import RQMoEModel
-from ..saving import weights_checksum
+from ..saving import maker_record
 from .cards import TEMPLATES, is_generated, sealed
+from .push import make_repository
 
 SHARD_ROWS = 1_000_000
 
@@ -77,9 +78,7 @@ def push_codes_to_hub(
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise ValueError(f"config_name must be letters, digits, '_', '-' and '.', got {name!r}.")
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
-    if revision is not None:
-        api.create_branch(repo_id, repo_type="dataset", branch=revision, exist_ok=True)
+    repo_id = make_repository(api, repo_id, "dataset", private, revision)
     with TemporaryDirectory() as folder:
         _write_shards(Path(folder) / name, table, info)
         records = {key: record for key, record in _records(api, repo_id, revision).items() if key != name}
@@ -137,7 +136,6 @@ def _table(
     codes, ids, quantizer: RQMoEModel, num_codebooks: int | None, quantizer_id: str | None
 ) -> tuple[pa.Table, dict[str, Any]]:
     """The codes and ids as one Arrow table, and what is recorded of their quantizer."""
-    config = quantizer.config
     if isinstance(codes, (str, os.PathLike)):
         found = codes_info(codes)
         check_quantizer(found, quantizer)
@@ -150,14 +148,7 @@ def _table(
         if ids is not None and len(columns["id"]) != len(codes):
             raise ValueError(f"There are {len(columns['id'])} ids for {len(codes)} codes: give one each.")
         table = pa.table(columns | {"codes": fixed_size_column(codes)})
-    info = {
-        **origin(quantizer, quantizer_id),
-        "weights": weights_checksum(quantizer),
-        "num_codebooks": steps,
-        "codebook_size": config.code_sizes,
-        "hidden_size": config.hidden_size,
-    }
-    return table, info
+    return table, maker_record(quantizer, steps) | origin(quantizer, quantizer_id)
 
 
 def _write_shards(folder: Path, table: pa.Table, info: dict[str, Any]) -> None:
@@ -178,8 +169,7 @@ def _described(info: dict[str, Any], rows: int) -> dict[str, Any]:
 def origin(quantizer: RQMoEModel, quantizer_id: str | None) -> dict[str, str | None]:
     """Id and revision by which others can load the quantizer."""
     source = quantizer.name_or_path
-    bundled = {str(folder): name for name, folder in bundled_quantizers().items()}
-    name = quantizer_id or bundled.get(source or "") or (source if source and not Path(source).is_dir() else None)
+    name = quantizer_id or bundled_name(source) or (source if source and not Path(source).is_dir() else None)
     if name is None:
         raise ValueError(
             f"Nobody else could decode these codes: the quantizer comes from {source or 'this process'}. Push it with "

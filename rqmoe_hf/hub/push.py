@@ -79,9 +79,7 @@ def push_quantizer(
     """
     model._require_initialized("be pushed")
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not revision.startswith("refs/"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    repo_id = make_repository(api, repo_id, "model", private, revision)
     if card is None and not replace_card:
         card = _remote_card(api, repo_id, revision)
     with TemporaryDirectory() as folder:
@@ -95,6 +93,14 @@ def push_quantizer(
             create_pr=create_pr,
             delete_patterns=["model-*.safetensors", "model.safetensors.index.json"],
         )
+
+
+def make_repository(api: HfApi, repo_id: str, repo_type: str, private: bool | None, revision: str | None) -> str:
+    """Creates a repository and a branch of it where there is none yet; the repository's whole id."""
+    repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/"):
+        api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
+    return repo_id
 
 
 def write_repository(

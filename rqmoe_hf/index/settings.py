@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from ..bundled import bundled_quantizers
+from ..bundled import bundled_name
 from ..modeling_rqmoe import RQMoEModel
-from ..saving import weights_checksum
+from ..saving import maker_record
 from .storage import FORMAT
 
 Metric = Literal["cosine", "inner_product", "l2"]
@@ -37,16 +37,8 @@ def make_settings(
     steps = config.num_codebooks if num_codebooks is None else num_codebooks
     if not 1 <= steps <= config.num_codebooks:
         raise ValueError(f"num_codebooks must lie between 1 and {config.num_codebooks}, got {num_codebooks}.")
-    bundled = {str(folder): name for name, folder in bundled_quantizers().items()}
     source = quantizer.name_or_path or ""
-    made_by = {
-        "model": bundled.get(source, source),
-        "revision": quantizer.commit_hash,
-        "weights": weights_checksum(quantizer),
-        "num_codebooks": steps,
-        "codebook_size": config.code_sizes,
-        "hidden_size": config.hidden_size,
-    }
+    made_by = maker_record(quantizer, steps) | {"model": bundled_name(source) or source}
     return {
         "format": FORMAT,
         "quantizer": made_by,

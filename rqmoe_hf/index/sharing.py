@@ -11,6 +11,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from ..hub.cards import is_generated, sealed
 from ..hub.codes import origin
+from ..hub.push import make_repository
 from .storage import DATABASE, LOCK, MANIFEST, IndexFolder
 
 if TYPE_CHECKING:
@@ -35,9 +36,7 @@ def push_index(
     if settings["encoder"] is not None and Path(settings["encoder"]).exists():  # a folder here says nothing elsewhere
         settings["encoder"] = None
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
-    if revision is not None:
-        api.create_branch(repo_id, repo_type="dataset", branch=revision, exist_ok=True)
+    repo_id = make_repository(api, repo_id, "dataset", private, revision)
     with TemporaryDirectory() as scratch:
         folder = Path(scratch) / "index"
         index._copied(IndexFolder(folder), settings).close()
