@@ -1,5 +1,6 @@
 """Local search: against all codes there are, a naive loop, and Faiss's LSQ."""
 
+import copy
 import itertools
 
 import faiss
@@ -79,7 +80,7 @@ def test_codes_do_not_depend_on_the_batch(model, vectors):
 
 
 def test_packed_codes_and_configuration(vectors):
-    model = randomize(RQMoEModel(MEMBERS["additive"]))
+    model = randomize(RQMoEModel(copy.deepcopy(MEMBERS["additive"])))  # the config is changed below
     asked = model.compress(vectors.numpy(), local_search=5)
     model.config.local_search = 5
     assert np.array_equal(model.compress(vectors.numpy()), asked)
