@@ -82,6 +82,9 @@ def train(
     init_sample_size: Annotated[int, typer.Option(help="Vectors that the start is computed from.")] = 65_536,
     init_beam_size: Annotated[int, typer.Option(help="Beam of the rq start.")] = 5,
     init_rounds: Annotated[int, typer.Option(help="Rounds of the lsq start. More are slower and better.")] = 25,
+    init_temperature: Annotated[
+        float | None, typer.Option(help="Of the lsq start, about 1 to 1.5. Default: by the size of the codebooks.")
+    ] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the embeddings.")] = 5.0,
     batch_size: Annotated[int, typer.Option(help="Vectors per step and process.")] = 1024,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
@@ -175,6 +178,7 @@ def train(
         init_rounds,
         half_size,
         description,
+        init_temperature,
     )
     if args.process_index == 0:
         write_card(output)

@@ -31,6 +31,7 @@ def initialize(
     checkpoint: Path | None = None,
     rounds: int = 25,
     show_progress_bar: bool = True,
+    temperature: float | None = None,
 ) -> RQMoEModel:
     """Initialises a model from data, in place.
 
@@ -50,6 +51,7 @@ def initialize(
         checkpoint: File that LSQ keeps its state in while it runs, and continues from.
         rounds: Rounds of LSQ's annealing. More are slower and better.
         show_progress_bar: Whether LSQ shows one.
+        temperature: Of LSQ's annealing; see [`train_lsq`].
 
     Returns:
         The model.
@@ -82,6 +84,7 @@ def initialize(
             seed=seed,
             checkpoint=checkpoint,
             show_progress_bar=show_progress_bar,
+            temperature=temperature,
         )
         codebooks = _pad(sort_by_energy(found, codes)[0], config.codebook_size)
     else:

@@ -21,7 +21,9 @@ from ..additive import improve_codewords, solve_codewords, starts_of
 from ..local_search_rqmoe import build_pair_tables, local_search
 
 BATCH = 2048
-TEMPERATURE = 1.5  # at the start; from 1 to 2 the error changes by 3 %, and this is the flat middle
+# Of the start of the annealing, for codebooks of up to 256 codewords and for larger ones, whose codewords lie closer.
+# Measured with 256, on 16,384 vectors, and 1,024, on 65,536 to 100,000 (benchmarks/LEVERS.md).
+TEMPERATURE, LARGE_TEMPERATURE = 1.5, 1.0
 VECTORS_PER_CODEWORD = 16  # of one codebook, at least, in the sample of the annealing
 SOLVED_COLUMNS = 4096  # codewords that are solved for exactly
 
@@ -36,7 +38,7 @@ def train_lsq(
     seed: int = 0,
     checkpoint: Path | None = None,
     show_progress_bar: bool = True,
-    temperature: float = TEMPERATURE,
+    temperature: float | None = None,
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Trains codebooks whose sums approximate the vectors.
 
@@ -52,12 +54,14 @@ def train_lsq(
             deletes it when the result is safe.
         show_progress_bar: Whether to show one.
         temperature: Of the annealing's start: deviation of the perturbation of a codeword, in units of the data's
-            over M.
+            over M. Default: 1.5 for codebooks of up to 256 codewords, 1 for larger ones.
 
     Returns:
         Codebooks, float32 `(K_m, d)` each, and the codes of the vectors that the last fit saw, int64 `(n, M)`.
     """
     sizes = list(sizes)
+    if temperature is None:
+        temperature = LARGE_TEMPERATURE if max(sizes) > 256 else TEMPERATURE
     count = max(sample_size, VECTORS_PER_CODEWORD * max(sizes))
     sample = vectors[np.sort(np.random.default_rng(seed).permutation(len(vectors))[:count])]
     run = [len(vectors), rounds, final_rounds, search_rounds, len(sample), seed, temperature, *sizes]

@@ -41,6 +41,7 @@ def train_quantizer(
     init_rounds: int = 25,
     half_size: bool = False,
     description: str | None = None,
+    init_temperature: float | None = None,
 ) -> RQMoEModel:
     """Initialises and trains a quantizer, and saves it to `args.output_dir`.
 
@@ -58,6 +59,7 @@ def train_quantizer(
         init_rounds: See [`initialize`], `rounds`.
         half_size: Round the final weights to bfloat16 values and store them in half the bytes.
         description: What the texts are, in words, for the card.
+        init_temperature: See [`initialize`], `temperature`.
 
     If the additive quantizer that a new model starts from has a lower error on `eval_dataset` in the end (few vectors,
     few epochs), it is saved instead, and a warning says so. Additive quantizers started by LSQ are complete as they
@@ -76,7 +78,8 @@ def train_quantizer(
     set_seed(args.seed)  # the Trainer seeds too, but the experts' random weights come before it
     quantizer = RQMoEModel(model) if isinstance(model, RQMoEConfig) else model
     if checkpoint is None and not quantizer.is_initialized and args.process_index == 0:
-        _start(quantizer, train_dataset, args, init_method, init_sample_size, init_beam_size, init_rounds)
+        annealing = (init_rounds, init_temperature)
+        _start(quantizer, train_dataset, args, init_method, init_sample_size, init_beam_size, annealing)
     if checkpoint is not None:
         quantizer = RQMoEModel.from_pretrained(checkpoint, dtype=torch.float32)
     share_weights(quantizer, args)
@@ -114,13 +117,16 @@ def _start(
     method: Literal["rq", "lsq"],
     sample_size: int,
     beam_size: int,
-    rounds: int,
+    annealing: tuple[int, float | None],
 ) -> None:
     """Initialises a new quantizer, and keeps what it starts from beside the checkpoints if training goes on."""
     folder = Path(str(args.output_dir))
     sample = sample_array(dataset, max(LSQ_ROWS if method == "lsq" else STATISTICS_ROWS, sample_size), args.seed)
-    settings = (method, sample_size, beam_size, args.seed, folder / LSQ_FILE, rounds)
-    initialize(quantizer, sample, *settings, show_progress_bar=not args.disable_tqdm)
+    settings = (method, sample_size, beam_size, args.seed, folder / LSQ_FILE)
+    rounds, temperature = annealing
+    initialize(
+        quantizer, sample, *settings, rounds, show_progress_bar=not args.disable_tqdm, temperature=temperature
+    )
     if quantizer.config.has_experts:
         save_whole(additive_member(quantizer, method), folder / ADDITIVE_FOLDER, {}, False)
 
