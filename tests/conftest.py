@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
+import multiprocessing
 import subprocess
 import sys
 import textwrap
@@ -109,3 +110,24 @@ def client(hub, tmp_path):
         return done
 
     return run
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Starts functions of index_workers in processes of their own, forked from one that has imported everything."""
+    before = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), before])  # for what is imported ahead
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["index_workers"])
+    started = []
+
+    def start(function, *arguments):
+        process = context.Process(target=function, args=arguments, daemon=True)
+        process.start()
+        started.append(process)
+        return process
+
+    yield start
+    os.environ["PYTHONPATH"] = before
+    for process in started:
+        process.kill()

@@ -1,5 +1,7 @@
-"""What the processes of test_index_storage.py do; they are forked from a server that has imported everything."""
+"""What the processes of the tests of an index do; they are forked from a server that has imported everything."""
 
+import ctypes
+import gc
 import json
 import time
 from pathlib import Path
@@ -7,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from conftest import MEMBERS, SIZE, randomize
 
-from rqmoe_hf import RQMoEModel
+from rqmoe_hf import RQMoEConfig, RQMoEModel
 from rqmoe_hf.index import RQMoEIndex
+from rqmoe_hf.index.scanning import Scanner, fit_scanner
 
 MODEL = randomize(RQMoEModel(MEMBERS["additive"]))
 
@@ -64,7 +67,7 @@ def keep_changing(folder: Path, log: Path, seed: int) -> None:
                         index.search(vector_of(1), 5, shortlist=10)
 
 
-def make(folder: Path, log: Path, seed: int) -> None:
+def make(folder: Path, log: Path) -> None:
     """Makes an index from nothing."""
     log.write_text("begun")
     RQMoEIndex(MODEL, folder)
@@ -72,7 +75,7 @@ def make(folder: Path, log: Path, seed: int) -> None:
     time.sleep(60)
 
 
-def hold(folder: Path, log: Path, seed: int) -> None:
+def hold(folder: Path, log: Path) -> None:
     """Writes, and does not let go."""
     index = RQMoEIndex.load(folder, MODEL)
     change(index, {"kind": "add", "ids": [8000]})
@@ -80,7 +83,7 @@ def hold(folder: Path, log: Path, seed: int) -> None:
     time.sleep(60)
 
 
-def write_tens(folder: Path, log: Path, seed: int) -> None:
+def write_tens(folder: Path, log: Path) -> None:
     """Adds and removes ten documents at a time."""
     with RQMoEIndex.load(folder, MODEL) as index:
         for start in range(1000, 1600, 10):
@@ -92,7 +95,7 @@ def write_tens(folder: Path, log: Path, seed: int) -> None:
     log.write_text("written")
 
 
-def read_tens(folder: Path, log: Path, seed: int) -> None:
+def read_tens(folder: Path, log: Path) -> None:
     """Reads until the last ten are there; whatever it sees is whole, and what was there stays there."""
     seen, searches = 0, 0
     with RQMoEIndex.load(folder, MODEL) as index:
@@ -106,3 +109,38 @@ def read_tens(folder: Path, log: Path, seed: int) -> None:
             seen, searches = max(seen, count), searches + 1
         final = len(index)
     log.write_text(json.dumps([final, seen, searches]))
+
+
+def filled(count: int, lists: int) -> Scanner:
+    """A scanner of random codes of 16 bytes, which has been searched."""
+    model = RQMoEModel(RQMoEConfig.additive(hidden_size=8, num_codebooks=16, codebook_size=256)).eval()
+    model.scale.fill_(1.0)
+    rng = np.random.default_rng(0)
+
+    def some():
+        return rng.integers(0, 256, (20_000, 16), np.uint8)
+
+    scanner = fit_scanner(model, some(), 16, "cosine", lists)
+    scanner.add((np.arange(start, start + 20_000), some()) for start in range(0, count, 20_000))
+    scanner.search(np.ones((1, 8), np.float32), 10, lists)
+    return scanner
+
+
+def resident() -> int:
+    """Bytes of memory that this process uses."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) * 1024
+
+
+def measure_memory(log: Path, count: int) -> None:
+    """Resident bytes per vector, flat and in lists."""
+    filled(20_000, 64)  # after it the libraries have what they need
+    measured = []
+    for lists in (1, 500):
+        before = resident()
+        scanner = filled(count, lists)
+        measured.append((resident() - before) / count)
+        del scanner
+    log.write_text(json.dumps(measured))

@@ -1,16 +1,15 @@
 """Searching an index: first-stage scores and rankings against loops and brute force, and what is refused."""
 
-import os
-import subprocess
+import json
 import sys
-import textwrap
 from itertools import product
 
 import faiss
+import index_workers
 import numpy as np
 import pytest
 import torch
-from conftest import MEMBERS, ROOT, SIZE, randomize
+from conftest import MEMBERS, SIZE, randomize
 
 from rqmoe_hf import RQMoEConfig, RQMoEModel, load_quantizer, unpack_codes
 from rqmoe_hf.index import RQMoEIndex
@@ -144,9 +143,9 @@ def test_few_lists_that_hold_too_little_are_not_the_end(additive, clustered, que
     assert all(len(set(row)) == 50 for row in ids.tolist())
 
 
-def test_unit_norm_embeddings_are_ranked_by_cosine_whatever_the_metric(passages):
+def test_unit_norm_embeddings_are_ranked_by_cosine_whatever_the_metric():
     model = load_quantizer("minilm-384-8-bytes")
-    embeddings = np.random.default_rng(0).normal(size=(300, 384)).astype(np.float32) * 3
+    embeddings = np.random.default_rng(0).normal(size=(60, 384)).astype(np.float32) * 3
     found = {}
     for metric in METRICS:
         index = RQMoEIndex(model, metric=metric)
@@ -323,6 +322,7 @@ BROKEN = np.full((2, SIZE), np.nan, np.float32)
         (lambda index, x: index.get([99]), "not in the index: 99"),
         (lambda index, x: index.reconstruct([99]), "not in the index: 99"),
         (lambda index, x: index.save(), "This index has no folder"),
+        (lambda index, x: index.add_from(x, batch_size=0), "batch_size must be at least 1"),
     ],
 )
 def test_bad_input_is_named_and_changes_nothing(additive, clustered, call, message):
@@ -355,40 +355,11 @@ def test_embeddings_that_float16_cannot_hold(additive, clustered):
         index.add(clustered[:2] * 1e6)
 
 
-MEMORY = """
-    import ctypes, gc
-    import numpy as np
-    from rqmoe_hf import RQMoEConfig, RQMoEModel
-    from rqmoe_hf.index.scanning import fit_scanner
-    model = RQMoEModel(RQMoEConfig.additive(hidden_size=8, num_codebooks=16, codebook_size=256)).eval()
-    model.scale.fill_(1.0)
-    def filled(count, lists):
-        rng = np.random.default_rng(0)
-        made = lambda: rng.integers(0, 256, (20_000, 16), np.uint8)
-        scanner = fit_scanner(model, made(), 16, "cosine", lists)
-        scanner.add((np.arange(start, start + 20_000), made()) for start in range(0, count, 20_000))
-        scanner.search(np.ones((1, 8), np.float32), 10, lists)
-        return scanner
-    def resident():
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) * 1024
-    filled(20_000, 64)
-    for lists in (1, 500):
-        before = resident()
-        scanner = filled(400_000, lists)
-        print((resident() - before) / 400_000)
-        del scanner
-    print(filled(20_000, 1).bytes_per_vector)
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_per_vector():
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(MEMORY)], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    *measured, counted = map(float, done.stdout.split())
-    assert counted == 25  # code, norm, row number
-    assert all(20 < bytes_each < 30 for bytes_each in measured), measured  # resident memory of the process
+def test_memory_per_vector(processes, tmp_path):
+    process = processes(index_workers.measure_memory, tmp_path / "log", 400_000)
+    process.join(300)
+    measured = json.loads((tmp_path / "log").read_text())  # resident memory of the process
+    print("bytes per vector, flat and in lists:", *measured)
+    assert index_workers.filled(20_000, 1).bytes_per_vector == 25  # code, norm, row number
+    assert all(20 < each < 30 for each in measured), measured

@@ -1,7 +1,6 @@
 """Index folders: what survives a kill, what damage is noticed, who may write."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import sqlite3
@@ -12,35 +11,14 @@ from pathlib import Path
 import index_workers
 import numpy as np
 import pytest
-from conftest import MEMBERS, ROOT, SIZE, randomize
+from conftest import MEMBERS, SIZE, randomize
 from index_workers import MODEL, text_of, vector_of
 
 from rqmoe_hf import RQMoEModel
 from rqmoe_hf.index import Document, RQMoEIndex, verify
 from rqmoe_hf.index.storage import DATABASE, LOCK, MANIFEST
 
-KILLS = int(os.environ.get("INDEX_KILLS", "8"))
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Starts functions of index_workers in processes of their own."""
-    before = os.environ.get("PYTHONPATH", "")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), before])  # for what is imported ahead
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["index_workers"])
-    started = []
-
-    def start(function, folder, log, seed=0):
-        process = context.Process(target=function, args=(folder, log, seed), daemon=True)
-        process.start()
-        started.append(process)
-        return process
-
-    yield start
-    os.environ["PYTHONPATH"] = before
-    for process in started:
-        process.kill()
+KILLS = int(os.environ.get("INDEX_KILLS", "6"))
 
 
 def wait_for(file: Path, process) -> None:
@@ -401,25 +379,29 @@ def test_opening_while_another_process_saves(filled, clustered, monkeypatch, whe
 def test_saving_an_index_that_has_no_folder(tmp_path, clustered):
     index = RQMoEIndex(MODEL)
     index.add(clustered[:300], ids=[f"id {n}" for n in range(300)], texts=["text"] * 300)
-    before = index.search(clustered[:4], 5, shortlist=50)
+    before, scanner = index.search(clustered[:4], 5, shortlist=50), index._ranker.scanner
+    index.add(-clustered[:1] * 99, ids=["late"])  # the scanner does not know it yet
     assert index.folder is None
     index.save(tmp_path / "index")
     assert index.folder == tmp_path / "index"
     for one, other in zip(before, index.search(clustered[:4], 5, shortlist=50), strict=True):
         np.testing.assert_array_equal(one, other)
+    assert index._ranker.scanner is scanner  # nothing was made anew
     index.remove(["id 7"])  # lives there from now on
     index.save(tmp_path / "copy")
     index.remove(["id 8"])
     index.close()
     assert verify(tmp_path / "index") == verify(tmp_path / "copy") == []
     with RQMoEIndex.load(tmp_path / "index", MODEL) as first, RQMoEIndex.load(tmp_path / "copy", MODEL) as copy:
-        assert (len(first), len(copy)) == (298, 299) and "id 8" in copy
+        assert (len(first), len(copy)) == (299, 300) and "id 8" in copy
         assert copy.get(["id 9"]) == [Document("id 9", "text", {})]
         with pytest.raises(ValueError, match="holds an index already"):
             first.save(tmp_path / "copy")
     with pytest.raises(ValueError, match="holds an index already"):
         RQMoEIndex(MODEL, tmp_path / "index")
     index.close()  # a second time is harmless
+    with pytest.raises(ValueError, match="The index is closed: open its folder again"):
+        len(index)
 
 
 def test_nothing_unfinished_is_left_over(filled, clustered):

@@ -116,7 +116,10 @@ def search(
     with RQMoEIndex.load(folder, encoder=encoder) as index:
         for query in queries or _asked():
             scores, ids = index.search(query, top_k, filter=wanted, shortlist=shortlist)
-            for score, document in zip(scores, index.get(ids, missing_ok=True), strict=False):
+            found = {document.id: document for document in index.get(ids, missing_ok=True)}
+            for score, document in zip(scores, map(found.get, ids.tolist()), strict=True):
+                if document is None:  # a writer has removed it in between
+                    continue
                 notes = f"  {json.dumps(document.metadata, ensure_ascii=False)}" if document.metadata else ""
                 print(f"{score:.3f}  {document.id}  {' '.join((document.text or '').split())[:160]}{notes}")
             print()

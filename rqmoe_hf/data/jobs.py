@@ -61,7 +61,7 @@ def embed_texts(
             _ids(rows) | {"embeddings": fixed_size_column(encode_batches(loaded[0], rows[text_column], batch_size))}
         )
 
-    settings |= {"source": _fingerprint(dataset)}
+    settings |= {"source": fingerprint(dataset)}
     return write_shards(output, len(dataset), shard_size, settings, make, "embed")
 
 
@@ -137,7 +137,7 @@ def compress_shards(
         made = pa.table(({} if ids is None else _ids(ids[start:stop])) | {"codes": fixed_size_column(codes)})
         return made.replace_schema_metadata({CODES_METADATA: json.dumps(info).encode()})
 
-    settings = {"job": "compress", "quantizer": info, **search, "column": column, "source": _fingerprint(dataset)}
+    settings = {"job": "compress", "quantizer": info, **search, "column": column, "source": fingerprint(dataset)}
     return write_shards(output, len(dataset), shard_size, settings, make, "compress")
 
 
@@ -159,7 +159,7 @@ def decompress_shards(
         ids = {"id": rows["id"]} if "id" in rows.column_names else {}
         return pa.table(ids | {"embeddings": fixed_size_column(restored)})
 
-    settings = {"job": "decompress", "quantizer": info, "source": _fingerprint(dataset)}
+    settings = {"job": "decompress", "quantizer": info, "source": fingerprint(dataset)}
     return write_shards(output, len(dataset), shard_size, settings, make, "decompress")
 
 
@@ -191,7 +191,7 @@ def _ids(rows: dict) -> dict:
     return {"id": rows["id"]} if "id" in rows else {}
 
 
-def _fingerprint(dataset: Dataset) -> str:
+def fingerprint(dataset: Dataset) -> str:
     """Changes with the content of the data set, not with where its copy in the cache lies."""
     digest = hashlib.sha256(f"{len(dataset)} {dataset.column_names}".encode())
     rows = np.unique(np.linspace(0, len(dataset) - 1, 64).astype(int))

@@ -151,7 +151,7 @@ def _table(
             raise ValueError(f"There are {len(columns['id'])} ids for {len(codes)} codes: give one each.")
         table = pa.table(columns | {"codes": fixed_size_column(codes)})
     info = {
-        **_origin(quantizer, quantizer_id),
+        **origin(quantizer, quantizer_id),
         "weights": weights_checksum(quantizer),
         "num_codebooks": steps,
         "codebook_size": config.code_sizes,
@@ -175,7 +175,7 @@ def _described(info: dict[str, Any], rows: int) -> dict[str, Any]:
     return info | {"rows": rows, "bytes_per_vector": width}
 
 
-def _origin(quantizer: RQMoEModel, quantizer_id: str | None) -> dict[str, str | None]:
+def origin(quantizer: RQMoEModel, quantizer_id: str | None) -> dict[str, str | None]:
     """Id and revision by which others can load the quantizer."""
     source = quantizer.name_or_path
     bundled = {str(folder): name for name, folder in bundled_quantizers().items()}

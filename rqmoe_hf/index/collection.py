@@ -88,7 +88,10 @@ class Collection:
             return [found[row] for row in rows]
 
     def documents(self, filter: Filter | None = None) -> Iterator[Document]:
-        """All documents that a filter holds for, in the order in which they were added."""
+        """All documents that a filter holds for, in the order in which they were added or last updated.
+
+        Documents that change while they are gone through may come in either state, or in both.
+        """
         after = 0
         while True:
             with self._database.reading():
@@ -212,6 +215,8 @@ class Collection:
         Raises:
             ValueError: As [`add`], or because a column is missing.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         table = SourceTable(source, self.quantizer, column, text_column, id_column, metadata_columns, split)
         with self._database.reading() as state:
             done = json.loads(state.sources).get(table.name, 0)

@@ -28,6 +28,7 @@ SCHEMA = (
     "CREATE TABLE removed (number INTEGER PRIMARY KEY AUTOINCREMENT, row INTEGER NOT NULL)",
 )
 CHUNK = 16_384
+RESTORE = "Restore it from a copy."
 BOUND = 10_000  # values in one statement
 BUSY_SECONDS = 30
 CHECKPOINT_MILLISECONDS = 200
@@ -104,7 +105,7 @@ class Database:
 
     def __init__(self, file: Path | None, create: bool = False, immutable: bool = False):
         self.lock = threading.RLock()
-        self.file, self._inside = file, 0
+        self.file, self._inside, self._closed = file, 0, False
         if file is None:
             uri = ""
         else:
@@ -115,7 +116,7 @@ class Database:
             )
             self._configure(create or file is None, immutable)
         except sqlite3.Error as error:
-            raise ValueError(f"{file} is damaged or no database of a collection: {error}.") from error
+            raise ValueError(f"{file} is damaged or no database of a collection: {error}. {RESTORE}") from error
 
     def _configure(self, create: bool, immutable: bool) -> None:
         run = self._connection.execute
@@ -133,7 +134,7 @@ class Database:
         found = {row[0] for row in run("SELECT sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite_%'")}
         if found != set(SCHEMA):
             raise ValueError(
-                f"{self.file} is damaged or of another version of this package: its tables are others."
+                f"{self.file} is damaged or of another version of this package: its tables are others. {RESTORE}"
             )
         if not create and not immutable:
             run("PRAGMA journal_mode = WAL")
@@ -141,6 +142,7 @@ class Database:
     def close(self) -> None:
         """Closes the connection; the last one to do so leaves a single file."""
         with self.lock:
+            self._closed = True
             self._connection.close()
 
     # --- transactions --------------------------------------------------------------------------------------------
@@ -175,6 +177,8 @@ class Database:
     def _transaction(self, begin: str) -> Iterator[None]:
         if self._inside:
             raise RuntimeError("A transaction is open already.")
+        if self._closed:
+            raise ValueError("The index is closed: open its folder again with RQMoEIndex.load.")
         try:
             self._connection.execute(begin)
             self._inside += 1
@@ -201,7 +205,7 @@ class Database:
         values = dict(self._connection.execute("SELECT name, value FROM state"))
         checksum = values.pop("checksum", None)
         if set(values) != {field.name for field in fields(State)} or State(**values).checksum != checksum:
-            raise ValueError(f"{self.file} is damaged: the checksum of its state does not fit.")
+            raise ValueError(f"{self.file} is damaged: the checksum of its state does not fit. {RESTORE}")
         return State(**values)
 
     # --- rows ----------------------------------------------------------------------------------------------------
@@ -309,7 +313,7 @@ class Database:
         run = self._connection.execute
         found = [text for (text,) in run("PRAGMA integrity_check(5)") if text != "ok"]
         if found:
-            return [f"{self.file} is damaged: {text}." for text in found]
+            return [f"{self.file} is damaged: {text}. {RESTORE}" for text in found]
         query = (
             "SELECT vectors.checksum, vectors.row, id, code, text, metadata, vector FROM vectors LEFT JOIN documents "
             "USING (row) LEFT JOIN floats USING (row) ORDER BY row"
@@ -317,11 +321,11 @@ class Database:
         bad = [id for checksum, _, id, *values in run(query) if Row(id, *values).checksum != checksum]
         if bad:
             shown = ", ".join(map(repr, bad[:5]))
-            found.append(f"{self.file} is damaged: the checksums of {len(bad)} entries do not fit, with ids {shown}.")
-        (count,) = run("SELECT count(*) FROM vectors").fetchone()
-        if count != self.state().count:
-            found.append(f"{self.file} is damaged: it holds {count:,} vectors instead of {self.state().count:,}.")
-        return found
+            found.append(f"the checksums of {len(bad)} entries do not fit, with ids {shown}")
+        (count,), expected = run("SELECT count(*) FROM vectors").fetchone(), self.state().count
+        if count != expected:
+            found.append(f"it holds {count:,} vectors instead of {expected:,}")
+        return [f"{self.file} is damaged: {text}. {RESTORE}" for text in found]
 
     def copy_to(self, other: "Database") -> None:
         """Makes another database an exact copy."""

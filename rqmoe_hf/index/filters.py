@@ -17,7 +17,7 @@ name). `$id` is the document's id. The operators:
 
 A condition on a field that a document lacks is false. `$ne`, `$nin`, `$not` and `{"$exists": False}` are the exact
 opposites of the others and therefore true there. `None` stands for a field that is missing or null. As in Python,
-`True` equals 1.
+`True` equals 1. Strings of the metadata are compared up to the character U+0000, if they hold it.
 """
 
 import json

@@ -30,7 +30,7 @@ class RQMoEIndex(Collection):
     With a folder every change is on disk when the call returns, whole or not at all, and the folder is the collection:
     [`load`] opens it again. Without one the index ends with the process, unless it is saved to a folder. One index at
     a time may write to a folder; others read it meanwhile and see what was committed. Methods may be called from any
-    thread.
+    thread, but not from a forked process, which has to load the folder for itself.
 
     Args:
         quantizer: The quantizer, or its bundled name, folder or Hub id.
@@ -232,11 +232,14 @@ class RQMoEIndex(Collection):
 
     def _copied(self, place: IndexFolder, settings: dict[str, Any] | None = None) -> "RQMoEIndex":
         """A copy in a new folder."""
-        settings = settings or self.settings
-        database, encoder = place.create(settings, self._database), self._intake.encoder.encoder
-        copy = self._of(self.quantizer, settings, encoder, database, place)
-        copy._ranker.scanner, copy._ranker.progress = self._ranker.scanner, self._ranker.progress
-        copy.save()
+        settings, encoder = settings or self.settings, self._intake.encoder.encoder
+        with self._database.lock:
+            if self._ranker.scanner is not None:  # the copy shares it, so that there must be nothing left to do to it
+                with self._database.reading() as state:
+                    self._ranker.refresh(state)
+            copy = self._of(self.quantizer, settings, encoder, place.create(settings, self._database), place)
+            copy._ranker.scanner, copy._ranker.progress = self._ranker.scanner, self._ranker.progress
+            copy.save()
         return copy
 
     def push_to_hub(

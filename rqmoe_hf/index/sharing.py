@@ -10,7 +10,7 @@ from huggingface_hub import CommitInfo, DatasetCard, DatasetCardData, HfApi, sna
 from huggingface_hub.errors import EntryNotFoundError
 
 from ..hub.cards import is_generated, sealed
-from ..hub.codes import _origin as origin
+from ..hub.codes import origin
 from .storage import DATABASE, LOCK, MANIFEST, IndexFolder
 
 if TYPE_CHECKING:
@@ -69,14 +69,15 @@ def download_index(
         raise ValueError(f"{repo_id} on the Hub holds no index: it has no {MANIFEST}.")
     if folder is None:
         return cached
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    if (target / MANIFEST).exists():
-        raise ValueError(f"{target} holds an index already: open it with RQMoEIndex.load, or delete it.")
-    for file in sorted(cached.iterdir(), key=lambda file: file.name == MANIFEST):
-        if any(file.match(pattern) for pattern in patterns):
-            shutil.copyfile(file, target / file.name)
-    return target
+    target = IndexFolder(folder)
+    target.begin()
+    try:
+        for file in sorted(cached.iterdir(), key=lambda file: file.name == MANIFEST):
+            if any(file.match(pattern) for pattern in patterns):
+                shutil.copyfile(file, target.path / file.name)
+    finally:
+        target.release()
+    return target.path
 
 
 def _card(

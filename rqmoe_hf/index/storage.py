@@ -10,7 +10,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..codes import bytes_per_vector
-from .documents import Database
+from .documents import RESTORE, Database
 
 MANIFEST = "manifest.json"
 DATABASE = "collection.sqlite"
@@ -52,13 +52,8 @@ class IndexFolder:
             ValueError: If the folder holds a collection.
             BlockingIOError: If another process makes one.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.claim()
+        self.begin()
         try:
-            if (self.path / MANIFEST).exists():
-                raise ValueError(f"{self.path} holds an index already: open it with RQMoEIndex.load, or delete it.")
-            for leftover in self.path.glob(f"{DATABASE}*"):  # of a process that ended before the manifest was there
-                leftover.unlink()
             database = Database(self.database, create=True)
             if source is not None:
                 source.copy_to(database)
@@ -68,6 +63,16 @@ class IndexFolder:
             raise
         return database
 
+    def begin(self) -> None:
+        """Becomes the writer of a folder in which there is no collection yet; errors as in [`create`]."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.claim()
+        if (self.path / MANIFEST).exists():
+            self.release()
+            raise ValueError(f"{self.path} holds an index already: open it with RQMoEIndex.load, or delete it.")
+        for leftover in self.path.glob(f"{DATABASE}*"):  # of a process that ended before the manifest was there
+            leftover.unlink()
+
     def open(self, check: bool, immutable: bool = False) -> Database:
         """Opens the database, and checks what the manifest names.
 
@@ -75,7 +80,7 @@ class IndexFolder:
             ValueError: If something is damaged; it names the file.
         """
         if not self.database.is_file():
-            raise ValueError(f"{self.database} is missing. Restore it from a copy.")
+            raise ValueError(f"{self.database} is missing. {RESTORE}")
         database = Database(self.database, immutable=immutable)
         try:
             with database.reading():
@@ -85,7 +90,7 @@ class IndexFolder:
             raise
         if found:
             database.close()
-            raise ValueError(f"{found[0]} Restore it from a copy.")
+            raise ValueError(found[0])
         return database
 
     def problems(self, database: Database) -> list[str]:
@@ -94,7 +99,7 @@ class IndexFolder:
         if self.manifest["files"][DATABASE]["version"] == database.state().version:
             damage = self.damage(DATABASE)
             if damage is not None and self.read()["files"][DATABASE]["version"] == database.state().version:
-                found.append(damage)
+                found.append(f"{damage} {RESTORE}")
         else:  # it was not closed since it was changed last, so that only its own checksums are known
             found.extend(database.problems())
         if self.scan is not None and self.scan.exists():  # one that is missing is made anew
@@ -157,7 +162,7 @@ class IndexFolder:
         except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
             whole = False
         if not whole:
-            raise ValueError(f"{file} is damaged: its checksum does not fit. Restore it from a copy.")
+            raise ValueError(f"{file} is damaged: its checksum does not fit. {RESTORE}")
         if manifest["format"] != FORMAT:
             raise ValueError(f"{file} has format {manifest['format']}, this package reads format {FORMAT}: update it.")
         self.manifest = manifest
@@ -214,12 +219,9 @@ def describe(folder: str | os.PathLike) -> dict[str, str]:
     """What a collection is and holds, in words."""
     place = IndexFolder(folder)
     manifest = place.read()
-    made_by, database = manifest["quantizer"], place.open(check=False)
-    try:
-        with database.reading() as state:
-            count = state.count
-    finally:
-        database.close()
+    made_by = manifest["quantizer"]
+    with closing(place.open(check=False)) as database, database.reading() as state:
+        count = state.count
     at = f" at revision {made_by['revision']}" if made_by["revision"] else ""
     width = bytes_per_vector(made_by["num_codebooks"], made_by["codebook_size"])
     size = sum(file.stat().st_size for file in place.path.iterdir() if file.is_file())

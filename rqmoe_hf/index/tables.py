@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from ..data.jobs import _fingerprint as fingerprint
-from ..data.jobs import check_quantizer, codes_info
+from ..data.jobs import check_quantizer, codes_info, fingerprint
 from ..data.shards import column_array
 from ..data.sources import as_array, load_embeddings, load_table
 from ..modeling_rqmoe import RQMoEModel
