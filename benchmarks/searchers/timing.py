@@ -15,8 +15,7 @@ from threadpoolctl import threadpool_limits
 from .interface import Searcher
 
 REPEATS = 5
-LEAST_REPEATS = 3
-SECONDS = 20.0  # after which there are no more repeats than the least
+SECONDS = 20.0  # after which there are three repeats, and after three times that no more
 SINGLES, SINGLE_SECONDS = 200, 10.0
 WARM_UP = 10
 ASKED = 200  # queries before memory is measured: they touch what searches use
@@ -57,7 +56,7 @@ def _pin(cores: list[int]) -> None:
 def rate(search: Callable[[], np.ndarray], queries: int) -> tuple[np.ndarray, float, int]:
     """What a search of all queries finds, its queries per second (median of several repeats), and the repeats."""
     found, seconds = search(), []  # the first one warms up
-    while len(seconds) < LEAST_REPEATS or (len(seconds) < REPEATS and sum(seconds) < SECONDS):
+    while len(seconds) < REPEATS and sum(seconds) < (SECONDS if len(seconds) >= 3 else 3 * SECONDS):
         start = time.perf_counter()
         search()
         seconds.append(time.perf_counter() - start)
