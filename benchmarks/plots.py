@@ -2,7 +2,11 @@
 
     python benchmarks/plots.py --set minilm-384
 
-writes results/quality-<set>.svg.
+writes results/quality-<set>.svg; and of `search.py`, recall against queries per second,
+
+    python benchmarks/plots.py --set --search minilm-384
+
+in results/search-<set>.svg.
 """
 
 import argparse
@@ -10,7 +14,7 @@ import argparse
 import environment
 import matplotlib
 from matplotlib import pyplot
-from tables import cells, label
+from tables import cells, label, search_label
 
 MAX_BYTES = 64
 MARKERS = "osv^D<>pX*hPd"
@@ -51,14 +55,61 @@ def draw(name: str) -> None:
     print(file)
 
 
+def fronts(results: dict, threads: int) -> list[tuple[dict, list[tuple[float, float]]]]:
+    """Of each index the settings that no other one beats in recall and in speed, by recall; ours last."""
+    found = []
+    for key, built in results["builds"].items():
+        own = [cell for cell in results["cells"].values() if cell["build"] == key and cell["threads"] == threads]
+        points = sorted(((cell["recall_10_at_10"], cell["queries_per_second"]) for cell in own), reverse=True)
+        front = [point for place, point in enumerate(points) if all(point[1] > other[1] for other in points[:place])]
+        if front:
+            found.append((built, front[::-1]))
+    return sorted(found, key=lambda item: item[0]["method"].startswith("ours"))
+
+
+def draw_search(name: str) -> None:
+    """A row of panels for each number of threads: equal bytes first, then whatever keeps more."""
+    results = environment.load(f"search-{name}")
+    threads = sorted({cell["threads"] for cell in results["cells"].values()})
+    sizes = sorted({built["bytes"] for built in results["builds"].values() if built["bytes"] in (16, 32)})
+    titles = [*(f"{size} bytes" for size in sizes), "more bytes, or refined with floats"]
+    shape = {"nrows": len(threads), "ncols": len(titles), "squeeze": False, "layout": "constrained"}
+    figure, panels = pyplot.subplots(**shape, figsize=(5 * len(titles), 4 * len(threads) + 1))
+    names = list(dict.fromkeys(search_label(built) for built in results["builds"].values()))
+    for row, count in zip(panels, threads, strict=True):
+        for built, front in fronts(results, count):
+            shown, own = search_label(built), built["method"].startswith("ours")
+            place = names.index(shown)
+            style = {"color": f"C{place % 10}", "marker": MARKERS[place % len(MARKERS)]}
+            style |= {"label": shown.replace("*", ""), "linestyle": "-" if own else "--", "markersize": 5}
+            style |= {"linewidth": 2.2 if own else 1}
+            size = 16 if built["bytes"] == 15 else built["bytes"]
+            column = len(sizes) if size not in sizes or built["refinement_bytes"] > size else sizes.index(size)
+            row[column].plot(*zip(*front, strict=True), **style)
+        for panel, title in zip(row, titles, strict=True):
+            heading = f"{title}, {count} thread{'s' if count > 1 else ''}"
+            panel.set(title=heading, xlabel="recall@10", ylabel="queries/s", yscale="log")
+            panel.grid(alpha=0.3)
+    shown = {text: handle for panel in panels.flat for handle, text in zip(*panel.get_legend_handles_labels())}  # noqa: B905
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    file = environment.RESULTS / f"search-{name}.svg"
+    figure.savefig(file, metadata={"Date": None})
+    pyplot.close(figure)
+    print(file)
+
+
 def main() -> None:
     """Reads the arguments and draws."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", nargs="*", default=["minilm-384"])
+    parser.add_argument("--search", nargs="*", default=[], metavar="SET", help="draw results of search.py")
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "rqmoe"
-    for name in parser.parse_args().set:
+    arguments = parser.parse_args()
+    for name in arguments.set:
         draw(name)
+    for name in arguments.search:
+        draw_search(name)
 
 
 if __name__ == "__main__":
