@@ -277,7 +277,7 @@ TABLES = {
     table.__name__: table
     for table in (
         summary, quality, engine, qinco, tasks, module, fit, bundled, levers, annealing, search, machine
-    )  # fmt: skip
+    )
 }
 
 
