@@ -9,15 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from .codes import bits_per_code, sizes_of
+from .least_squares import solve_codewords
 from .modeling_rqmoe import RQMoEModel
 
 SAMPLE = 4_096
 BATCH = 1_024
-COLUMNS = 128  # dimensions that are improved at a time: each takes a number per vector
-MAX_COLUMNS = 1 << 14  # least squares: normal equations of 2 GiB in double precision
 
 
 @torch.no_grad()
@@ -98,105 +96,3 @@ def least_squares_tables(
     mean = vectors.mean(axis=0, dtype=np.float64)
     tables = solve_codewords(codes, vectors - mean.astype(np.float32), [codebook_size] * steps, ridge)
     return (tables.reshape(steps, codebook_size, -1) + mean / steps).astype(np.float32)
-
-
-def solve_codewords(codes: np.ndarray, vectors: np.ndarray, sizes: Sequence[int], ridge: float) -> np.ndarray:
-    """Least squares for the codewords of all steps, one step after the other: float32 `(sum of sizes, d)`.
-
-    Args:
-        codes: Integers `(n, m)`.
-        vectors: float32 `(n, d)`, centred.
-        sizes: Codebook size of each step.
-        ridge: Weight of the squared entries, in units of vectors.
-
-    Raises:
-        ValueError: If the equations would not fit into memory.
-    """
-    total = sum(sizes)
-    if total > MAX_COLUMNS:
-        raise ValueError(f"Codebooks of {list(sizes)} make {total} equations, more than {MAX_COLUMNS}.")
-    starts = starts_of(sizes)
-    rows = codes.astype(np.int64) + starts
-    gram = torch.zeros(total, total, dtype=torch.float64)
-    for step, size in enumerate(sizes):
-        for other in range(step + 1):
-            block = _counts_of_pairs(codes[:, step], codes[:, other], size, sizes[other])
-            here = slice(starts[step], starts[step] + size)
-            there = slice(starts[other], starts[other] + sizes[other])
-            gram[here, there], gram[there, here] = block, block.T
-    gram.diagonal().add_(ridge)
-    factor = torch.linalg.cholesky(gram)
-    del gram  # half of the memory
-    sums = torch.zeros(total, vectors.shape[1], dtype=torch.float64)
-    for start in range(0, len(rows), 16 * BATCH):
-        batch = torch.from_numpy(vectors[start : start + 16 * BATCH]).double()
-        for column in torch.from_numpy(rows[start : start + 16 * BATCH]).T:
-            sums.index_add_(0, column, batch)
-    return torch.cholesky_solve(sums, factor).float().numpy()
-
-
-def starts_of(sizes: Sequence[int]) -> np.ndarray:
-    """Row at which the codewords of each step begin."""
-    return np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
-
-
-def _counts_of_pairs(first: np.ndarray, second: np.ndarray, rows: int, columns: int) -> torch.Tensor:
-    """How often two codewords of two steps occur together, float64 `(rows, columns)`."""
-    pairs = first.astype(np.int64) * columns + second
-    return torch.from_numpy(np.bincount(pairs, minlength=rows * columns).reshape(rows, columns)).double()
-
-
-def improve_codewords(
-    codewords: np.ndarray,
-    codes: np.ndarray,
-    vectors: np.ndarray,
-    sizes: Sequence[int],
-    ridge: float,
-    iterations: int = 12,
-) -> np.ndarray:
-    """Steps towards the codewords of [`solve_codewords`], for codebooks that are too large to solve for.
-
-    Conjugate gradients on the normal equations, preconditioned by how often each codeword occurs. They never form the
-    equations: a step costs two passes over the vectors. The dimensions do not depend on each other, so a block of them
-    is improved at a time. From codewords that fitted similar codes a dozen steps are enough.
-
-    Args:
-        codewords: float32 `(sum of sizes, d)`, where to start.
-        codes: Integers `(n, m)`.
-        vectors: float32 `(n, d)`, centred.
-        sizes: Codebook size of each step.
-        ridge: Weight of the squared entries, in units of vectors.
-        iterations: Steps.
-
-    Returns:
-        float32 `(sum of sizes, d)`.
-    """
-    rows = torch.from_numpy(codes.astype(np.int64) + starts_of(sizes))
-    counts = torch.bincount(rows.flatten(), minlength=len(codewords))
-    owners = rows.T.flatten().argsort(stable=True) % len(rows)  # the vectors that have each codeword
-    begins = counts.cumsum(0) - counts
-    weights = counts.float()[:, None] + ridge
-
-    def restore(values: torch.Tensor) -> torch.Tensor:  # B values
-        return F.embedding_bag(rows, values, mode="sum")
-
-    def collect(values: torch.Tensor) -> torch.Tensor:  # B^T values
-        return F.embedding_bag(owners, values, begins, mode="sum")
-
-    improved = np.empty_like(codewords)
-    for start in range(0, codewords.shape[1], COLUMNS):
-        block = slice(start, start + COLUMNS)
-        current, target = (torch.from_numpy(array[:, block].copy()) for array in (codewords, vectors))
-        residual = collect(target - restore(current)) - ridge * current
-        scaled = residual / weights
-        direction, size = scaled.clone(), (residual * scaled).sum(dim=0)
-        for _ in range(iterations):
-            image = collect(restore(direction)) + ridge * direction
-            length = size / (direction * image).sum(dim=0).clamp(min=1e-30)
-            current += length * direction
-            residual -= length * image
-            scaled = residual / weights
-            before, size = size, (residual * scaled).sum(dim=0)
-            direction = scaled + (size / before.clamp(min=1e-30)) * direction
-        improved[:, block] = current.numpy()
-    return improved

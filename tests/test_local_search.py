@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from functools import partial
 
 import faiss
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from conftest import CODEWORDS, MEMBERS, STEPS, randomize
 
 from rqmoe_hf import RQMoEConfig, RQMoEModel
-from rqmoe_hf.additive import improve_codewords, solve_codewords
+from rqmoe_hf.least_squares import WINDOW, RecentFit, RunningFit, improve_codewords, solve_codewords
 from rqmoe_hf.local_search_rqmoe import build_pair_tables
 from rqmoe_hf.training.lsq import train_lsq
 
@@ -116,29 +117,82 @@ def test_codes_and_codebooks_are_no_worse_than_those_of_faiss(faiss_lsq, centred
     their_codebooks = faiss.vector_to_array(faiss_lsq.codebooks).reshape(4, 32, 16).copy()
     assert encoded_error(their_codebooks, vectors) <= 1.005 * theirs
     codebooks, codes = train_lsq(
-        centred[:5000], [32] * 4, search_rounds=8, show_progress_bar=False
-    )  # as many as Faiss
+        centred[:5000], [32] * 4, search_rounds=8, jitter=0, show_progress_bar=False
+    )  # as many rounds as Faiss, and the same vectors in all of them
     assert encoded_error(np.stack(codebooks), vectors) <= theirs
     restored = sum(codebook[column] for codebook, column in zip(codebooks, codes.T, strict=True))
     theirs = np.square(centred[:5000] - faiss_lsq.decode(faiss_lsq.compute_codes(centred[:5000]))).sum(1).mean()
     assert np.square(centred[:5000] - restored).sum(1).mean() <= theirs
 
 
-def test_conjugate_gradients_reach_least_squares(centred):
-    sizes, generator = [30, 7, 12], np.random.default_rng(3)
-    codes = generator.integers(sizes, size=(len(centred), 3))
-    codes[:, 1] = codes[:, 0] % 7  # codes that hang together, as real ones do
+def test_few_vectors_make_codebooks_that_hold_elsewhere(centred):
+    """The noise of 600 vectors is not learned: others are encoded better than by Faiss's LSQ, and than without."""
+    few, others = np.ascontiguousarray(centred[:600]), np.ascontiguousarray(centred[5000:])
+    quantizer = faiss.LocalSearchQuantizer(16, 4, 5)
+    quantizer.train(few)
+    theirs = np.square(others - quantizer.decode(quantizer.compute_codes(others))).sum(1).mean()
+    moved, fixed = (
+        encoded_error(np.stack(train_lsq(few, [32] * 4, jitter=jitter, show_progress_bar=False)[0]), others)
+        for jitter in (0.5, 0.0)
+    )
+    assert moved < 0.97 * theirs
+    assert moved < fixed
+
+
+def weighted_solution(codes, vectors, sizes, ridge, weights=None):
+    """Least squares from the design matrix: a column for each codeword, the ridge as further equations."""
     design = np.concatenate([np.eye(size)[column] for size, column in zip(sizes, codes.T, strict=True)], axis=1)
-    padded = np.concatenate([design, np.sqrt(5) * np.eye(49)])  # the ridge, as further equations
-    targets = np.concatenate([centred, np.zeros((49, 16))])
-    expected = np.linalg.lstsq(padded, targets, rcond=None)[0]
+    root = np.sqrt(np.ones(len(codes)) if weights is None else weights)[:, None]
+    padded = np.concatenate([root * design, np.sqrt(ridge) * np.eye(sum(sizes))])
+    targets = np.concatenate([root * vectors, np.zeros((sum(sizes), vectors.shape[1]))])
+    return np.linalg.lstsq(padded, targets, rcond=None)[0]
+
+
+def dependent_codes(count, sizes, seed):
+    codes = np.random.default_rng(seed).integers(sizes, size=(count, len(sizes)))
+    codes[:, 1] = codes[:, 0] % sizes[1]  # codes that hang together, as real ones do
+    return codes
+
+
+def test_conjugate_gradients_reach_least_squares(centred):
+    sizes = [30, 7, 12]
+    codes = dependent_codes(len(centred), sizes, 3)
+    expected = weighted_solution(codes, centred, sizes, 5.0)
     np.testing.assert_allclose(solve_codewords(codes, centred, sizes, 5.0), expected, atol=1e-3)
     start = np.zeros((49, 16), np.float32)
     np.testing.assert_allclose(improve_codewords(start, codes, centred, sizes, 5.0, 60), expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", [RunningFit, partial(RunningFit, dtype=torch.float32), RecentFit])
+def test_fits_to_several_rounds_weigh_older_ones_less(centred, kind):
+    sizes, rounds = [30, 7, 12], 3
+    fit, size = kind(sizes, 16), len(centred) // rounds
+    vectors = centred[: rounds * size].reshape(rounds, size, 16)
+    codes = [dependent_codes(size, sizes, seed) for seed in range(rounds)]
+    for part, own in zip(vectors, codes, strict=True):
+        fit.add(own, part, 0.6)
+    weights = np.repeat([0.36, 0.6, 1.0], size)
+    expected = weighted_solution(np.concatenate(codes), vectors.reshape(-1, 16), sizes, 5.0, weights)
+    again = kind(sizes, 16)
+    again.restore(fit.state())
+    for one in (fit, again):
+        for _ in range(6):  # the iterative one comes closer each time
+            found = one.solve(5.0)
+        np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def test_recent_fit_forgets_what_is_older_than_its_window(centred):
+    sizes = [30, 7, 12]
+    fits = RecentFit(sizes, 16), RecentFit(sizes, 16)
+    fits[0].add(dependent_codes(500, sizes, 9), centred[:500] + 100)
+    for seed in range(WINDOW):
+        for fit in fits:
+            fit.add(dependent_codes(500, sizes, seed), centred[:500], 0.6)
+    np.testing.assert_array_equal(fits[0].solve(1.0), fits[1].solve(1.0))
+
+
 def test_training_continues_where_it_was_stopped(clustered, tmp_path, monkeypatch):
-    settings = {"rounds": 4, "final_rounds": 2, "sample_size": 2048, "show_progress_bar": False}
+    settings = {"rounds": 4, "final_rounds": 2, "batch_size": 2048, "show_progress_bar": False}
     whole = train_lsq(clustered, [16, 16, 4], **settings)[0]
     from rqmoe_hf.training import lsq
 

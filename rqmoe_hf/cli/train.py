@@ -79,12 +79,12 @@ def train(
     beam_size: Annotated[int, typer.Option(help="Beam of the encoder, also in training.")] = 4,
     local_search: Annotated[int, typer.Option(help="Rounds of local search of the encoder.")] = 0,
     init: Annotated[Start, typer.Option(help="rq, or lsq (better and slower; not for huge codebooks).")] = Start.rq,
-    init_sample_size: Annotated[int, typer.Option(help="Vectors that the start is computed from.")] = 65_536,
+    init_sample_size: Annotated[
+        int, typer.Option(help="Vectors that the rq start is computed from, or that a round of the lsq start sees.")
+    ] = 65_536,
     init_beam_size: Annotated[int, typer.Option(help="Beam of the rq start.")] = 5,
-    init_rounds: Annotated[int, typer.Option(help="Rounds of the lsq start. More are slower and better.")] = 25,
-    init_temperature: Annotated[
-        float | None, typer.Option(help="Of the lsq start, about 1 to 1.5. Default: by the size of the codebooks.")
-    ] = None,
+    init_rounds: Annotated[int, typer.Option(help="Rounds of the lsq start. More are slower and better.")] = 50,
+    init_temperature: Annotated[float, typer.Option(help="Of the lsq start.")] = 1.0,
     epochs: Annotated[float, typer.Option(help="Passes over the embeddings.")] = 5.0,
     batch_size: Annotated[int, typer.Option(help="Vectors per step and process.")] = 1024,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,

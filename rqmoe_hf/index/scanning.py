@@ -25,8 +25,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch.nn import functional as F
 
-from ..additive import faiss_widths, improve_codewords, mean_contributions, starts_of
+from ..additive import faiss_widths, mean_contributions
 from ..codes import bits_per_code, sizes_of, unpack_codes
+from ..least_squares import improve_codewords, starts_of
 from ..modeling_rqmoe import RQMoEModel
 
 NORM_LEVELS = 256

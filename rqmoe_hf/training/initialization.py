@@ -12,7 +12,7 @@ from ..additive import faiss_widths
 from ..codes import bits_per_code, sizes_for_bytes, sizes_of
 from ..local_search_rqmoe import MAX_PAIRS
 from ..modeling_rqmoe import RQMoEModel
-from .lsq import train_lsq
+from .lsq import TEMPERATURE, train_lsq
 
 MIN_VECTORS_PER_CODEWORD = 4
 # Per codeword of all codebooks. A codeword costs what a coefficient of least squares costs: accuracy on other vectors,
@@ -29,9 +29,9 @@ def initialize(
     beam_size: int = 5,
     seed: int = 0,
     checkpoint: Path | None = None,
-    rounds: int = 25,
+    rounds: int = 50,
     show_progress_bar: bool = True,
-    temperature: float | None = None,
+    temperature: float = TEMPERATURE,
 ) -> RQMoEModel:
     """Initialises a model from data, in place.
 
@@ -45,7 +45,7 @@ def initialize(
         embeddings: Floating point `(n, hidden_size)`.
         method: `"rq"`: Faiss's residual quantizer, any size. `"lsq"`: codebooks optimised together ([`train_lsq`]),
             better and slower; its tables grow with the square of num_codebooks * codebook_size.
-        sample_size: Vectors that the residual quantizer trains on; LSQ takes them for its annealing, then all.
+        sample_size: Vectors that the residual quantizer trains on, or that a round of LSQ sees.
         beam_size: Beam of the residual quantizer in its training.
         seed: For the sample and the training.
         checkpoint: File that LSQ keeps its state in while it runs, and continues from.
@@ -80,11 +80,12 @@ def initialize(
             standardised,
             sizes,
             rounds,
-            sample_size=sample_size,
+            batch_size=sample_size,
             seed=seed,
             checkpoint=checkpoint,
             show_progress_bar=show_progress_bar,
             temperature=temperature,
+            center=mean / np.sqrt(variance),
         )
         codebooks = _pad(sort_by_energy(found, codes)[0], config.codebook_size)
     else:

@@ -1,112 +1,157 @@
-"""Additive codebooks optimised together: LSQ++ (Martinez et al., ECCV 2018), for many codewords and many vectors.
+"""Additive codebooks optimised together: LSQ++ (Martinez et al., ECCV 2018), for many codewords and few vectors.
 
 Two steps alternate: given the codes, the codebooks are a least-squares fit; given the codebooks, the codes are
 improved by local search. By itself this stops in an optimum that is some percent worse than it need be. So the
 codebooks are perturbed before the codes are chosen, less from round to round, as in simulated annealing (their SR-D).
 
-Two things differ from Faiss's LSQ. The fit is regularised by what a codeword of its energy is worth, so that large
-codebooks do not learn the noise of their few vectors. And the annealing, which needs rounds but not vectors, runs on a
-sample; only the last rounds see all vectors.
+Three things differ from Faiss's LSQ. A round sees some of the vectors, and those moved at random
+([`NeighborJitter`]), so that no two rounds see the same. The fit is to all rounds, of which older ones count less
+([`RunningFit`]), so that what one round's vectors have by chance does not get into the codebooks. And the fit is
+regularised by what a codeword of its energy is worth. Together they lower the error on vectors that were not trained
+on by up to a tenth (benchmarks/LEVERS.md).
 """
 
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..additive import improve_codewords, solve_codewords, starts_of
+from ..least_squares import MAX_COLUMNS, RecentFit, RunningFit, starts_of
 from ..local_search_rqmoe import build_pair_tables, local_search
+from .augmentation import NEIGHBORS, NeighborJitter
 
 BATCH = 2048
-# Of the start of the annealing, for codebooks of up to 256 codewords and for larger ones, whose codewords lie closer.
-# Measured with 256, on 16,384 vectors, and 1,024, on 65,536 to 100,000 (benchmarks/LEVERS.md).
-TEMPERATURE, LARGE_TEMPERATURE = 1.5, 1.0
-VECTORS_PER_CODEWORD = 16  # of one codebook, at least, in the sample of the annealing
-SOLVED_COLUMNS = 4096  # codewords that are solved for exactly
+BATCH_SIZE = 65_536
+FINAL_ROUNDS = 10
+TEMPERATURE = 1.0
+JITTER, MAX_JITTER = 3.0, 0.5  # energy of what vectors are moved by, as a share of the error: per codeword and vector
+DOUBLE_COLUMNS = 4096  # equations that are solved in double precision
+SAVING_SHARE = 0.1  # of the time, at most, goes into writing checkpoints
 
 
 def train_lsq(
     vectors: np.ndarray,
     sizes: Sequence[int],
-    rounds: int = 25,
-    final_rounds: int = 6,
+    rounds: int = 50,
+    final_rounds: int | None = None,
     search_rounds: int = 3,
-    sample_size: int = 65_536,
+    batch_size: int = BATCH_SIZE,
     seed: int = 0,
     checkpoint: Path | None = None,
     show_progress_bar: bool = True,
-    temperature: float | None = None,
+    temperature: float = TEMPERATURE,
+    jitter: float | None = None,
+    keep: tuple[float, float] = (0.6, 0.9),
+    center: np.ndarray | None = None,
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Trains codebooks whose sums approximate the vectors.
 
     Args:
         vectors: float32 `(n, d)`, centred.
         sizes: Codewords of each codebook; the square of their sum must fit into memory.
-        rounds: Rounds of annealing, on a sample.
-        final_rounds: Rounds without perturbation, on all vectors.
+        rounds: Rounds of annealing.
+        final_rounds: Rounds without perturbation. Default: 10, or as many as it takes to see all vectors.
         search_rounds: Rounds of local search for each vector in each of them.
-        sample_size: Vectors for the annealing. Large codebooks take more, 16 for each of their codewords.
-        seed: Of the sample, the first codes and the perturbations.
-        checkpoint: File that is written after each round and continued from, if it is of the same run. The caller
+        batch_size: Vectors of a round, at most; all are seen in turn.
+        seed: Of the first codes, the batches and the perturbations.
+        checkpoint: File that is written from time to time and continued from, if it is of the same run. The caller
             deletes it when the result is safe.
         show_progress_bar: Whether to show one.
         temperature: Of the annealing's start: deviation of the perturbation of a codeword, in units of the data's
-            over M. Default: 1.5 for codebooks of up to 256 codewords, 1 for larger ones.
+            over M.
+        jitter: Energy of what vectors are moved by at random, as a share of the present error; 0 for none. Default:
+            three times the codewords of all codebooks per vector, up to .5.
+        keep: Weight of all older rounds in the fit to the next, during the annealing and in the final rounds.
+        center: float32 `(d,)` that was subtracted from the vectors, in their units: what is moved keeps its norm
+            before that.
 
     Returns:
-        Codebooks, float32 `(K_m, d)` each, and the codes of the vectors that the last fit saw, int64 `(n, M)`.
+        Codebooks, float32 `(K_m, d)` each, and codes of the vectors, int64 `(n, M)`, of the last round that saw them.
     """
-    sizes = list(sizes)
-    if temperature is None:
-        temperature = LARGE_TEMPERATURE if max(sizes) > 256 else TEMPERATURE
-    count = max(sample_size, VECTORS_PER_CODEWORD * max(sizes))
-    sample = vectors[np.sort(np.random.default_rng(seed).permutation(len(vectors))[:count])]
-    run = [len(vectors), rounds, final_rounds, search_rounds, len(sample), seed, temperature, *sizes]
-    done, codes, codewords = _restart(checkpoint, run, sizes, sample)
-    bar = tqdm(total=rounds + final_rounds, initial=done, desc="LSQ", unit="round", disable=not show_progress_bar)
-    for number in range(done, rounds + final_rounds):
-        data = sample if number < rounds else vectors
-        if len(codes) == len(data):
-            codewords = _fit(codes, data, codewords, sizes)
-        else:  # from the sample to all vectors
-            codewords = _fit(codes, sample, codewords, sizes)
-            codes = _greedy_codes(data, _split(codewords, sizes))
-        perturbed = _perturb(codewords, sample, temperature * _cooling(number, rounds) / len(sizes), [seed, number])
-        codes, error = _improve(codes, data, _split(perturbed, sizes), search_rounds, number)
-        _keep(checkpoint, run, number + 1, codes, codewords)
-        bar.set_postfix(error=f"{error:.4g}")
+    sizes, size = list(sizes), min(batch_size, len(vectors))
+    final_rounds = max(FINAL_ROUNDS, -(-len(vectors) // size)) if final_rounds is None else final_rounds
+    jitter = min(MAX_JITTER, JITTER * sum(sizes) / len(vectors)) if jitter is None else jitter
+    run = [*vectors.shape, rounds, final_rounds, search_rounds, size, seed, temperature, jitter, *keep, *sizes]
+    state = _State(sizes, vectors.shape, seed)
+    state.restore(checkpoint, run)
+    source, deviation = NeighborJitter(vectors, center, NEIGHBORS if jitter else 0), vectors.std(axis=0)
+    total = rounds + final_rounds
+    bar = tqdm(total=total, initial=state.done, desc="LSQ", unit="round", disable=not show_progress_bar)
+    for number in range(state.done, total):
+        rows = _batch(number, size, len(vectors), seed)
+        batch = source.draw(rows, jitter * state.error, np.random.default_rng([seed, number, 0]))
+        if not number:
+            state.fit.add(state.codes[rows], batch)
+            state.codewords = state.fit.solve(1.0)
+        noise = temperature * _cooling(number, rounds) / len(sizes) * deviation
+        perturbed = _perturb(state.codewords, noise, np.random.default_rng([seed, number, 1]))
+        codes = _improve(state.codes[rows], batch, _split(perturbed, sizes), search_rounds, number)
+        state.codes[rows] = codes
+        state.error = _error(codes, batch, state.codewords, sizes)
+        state.fit.add(codes, batch, keep[number >= rounds])
+        state.codewords = state.fit.solve(_ridge(state.error, state.codewords))
+        state.done += 1
+        state.keep(checkpoint, run)
+        bar.set_postfix(error=f"{state.error:.4g}")
         bar.update()
     bar.close()
-    codewords = _fit(codes, vectors if final_rounds else sample, codewords, sizes)
-    return [part.numpy() for part in _split(codewords, sizes)], codes
+    return [part.numpy() for part in _split(state.codewords, sizes)], state.codes.astype(np.int64)
+
+
+class _State:
+    """What a run is after some rounds: codes, codewords, and the fit that they come from."""
+
+    def __init__(self, sizes: list[int], shape: tuple[int, ...], seed: int):
+        self.done, self.error, total = 0, 0.0, sum(sizes)
+        self.codes = np.random.default_rng(seed).integers(sizes, size=(shape[0], len(sizes))).astype(np.uint16)
+        self.codewords = np.zeros((total, shape[1]), np.float32)
+        kind = torch.float64 if total <= DOUBLE_COLUMNS else torch.float32
+        self.fit = RunningFit(sizes, shape[1], kind) if total <= MAX_COLUMNS else RecentFit(sizes, shape[1])
+        self.saved, self.saving = time.perf_counter(), 0.0  # when a checkpoint was written, and how long it took
+
+    def restore(self, file: Path | None, run: list[float]) -> None:
+        """Continues from a file, if there is one of this run."""
+        if file is None or not file.is_file():
+            return
+        with np.load(file, allow_pickle=False) as saved:
+            if saved["run"].tolist() == run:
+                self.done, self.error = int(saved["done"]), float(saved["error"])
+                self.codes, self.codewords = saved["codes"], saved["codewords"]
+                self.fit.restore({name[4:]: saved[name] for name in saved.files if name.startswith("fit_")})
+
+    def keep(self, file: Path | None, run: list[float]) -> None:
+        """Writes the file, unless that would take too much of the time."""
+        start = time.perf_counter()
+        if file is None or start - self.saved < self.saving / SAVING_SHARE:
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scratch = file.with_suffix(".tmp.npz")
+        fit = {f"fit_{name}": value for name, value in self.fit.state().items()}
+        parts: dict[str, Any] = {"run": run, "done": self.done, "error": self.error, **fit}
+        np.savez(scratch, codes=self.codes, codewords=self.codewords, **parts)
+        os.replace(scratch, file)
+        self.saved = time.perf_counter()
+        self.saving = self.saved - start
 
 
 def _split(codewords: np.ndarray, sizes: list[int]) -> list[torch.Tensor]:
     return list(torch.from_numpy(codewords).split(sizes))
 
 
-def _restart(
-    checkpoint: Path | None, run: list[float], sizes: list[int], sample: np.ndarray
-) -> tuple[int, np.ndarray, np.ndarray]:
-    """Rounds done, codes and codewords: those of the checkpoint, or random codes."""
-    if checkpoint is not None and checkpoint.is_file():
-        with np.load(checkpoint, allow_pickle=False) as saved:
-            if saved["run"].tolist() == run:
-                return int(saved["done"]), saved["codes"].astype(np.int64), saved["codewords"]
-    codes = np.random.default_rng(int(run[5])).integers(sizes, size=(len(sample), len(sizes)))
-    return 0, codes, np.zeros((sum(sizes), sample.shape[1]), np.float32)
-
-
-def _keep(checkpoint: Path | None, run: list[float], done: int, codes: np.ndarray, codewords: np.ndarray) -> None:
-    if checkpoint is None:
-        return
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    scratch = checkpoint.with_suffix(".tmp.npz")
-    np.savez(scratch, run=run, done=done, codes=codes.astype(np.uint16), codewords=codewords)
-    os.replace(scratch, checkpoint)
+def _batch(number: int, size: int, count: int, seed: int) -> np.ndarray:
+    """Rows of a round, in ascending order: the next ones of a random order, which is drawn anew when it ends."""
+    start, parts = number * size, []
+    while size:
+        epoch, place = divmod(start, count)
+        part = np.random.default_rng([seed, epoch, 2]).permutation(count)[place : place + size]
+        parts.append(part)
+        start, size = start + len(part), size - len(part)
+    return np.sort(np.concatenate(parts))
 
 
 def _cooling(number: int, rounds: int) -> float:
@@ -114,52 +159,38 @@ def _cooling(number: int, rounds: int) -> float:
     return max(0.0, 1 - (number + 1) / rounds) ** 0.5 if rounds else 0.0
 
 
-def _perturb(codewords: np.ndarray, vectors: np.ndarray, temperature: float, seed: list[int]) -> np.ndarray:
-    if not temperature:
+def _perturb(codewords: np.ndarray, deviation: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    if not deviation.any():
         return codewords
-    noise = np.random.default_rng(seed).standard_normal(codewords.shape, dtype=np.float32)
-    return codewords + noise * (temperature * vectors.std(axis=0))
+    return codewords + generator.standard_normal(codewords.shape, dtype=np.float32) * deviation
 
 
-def _fit(codes: np.ndarray, vectors: np.ndarray, codewords: np.ndarray, sizes: list[int]) -> np.ndarray:
-    """Least squares with the ridge that fits the present codewords' energy and the present error.
-
-    It gives the posterior mean of codewords that are Gaussian with this energy, of vectors with Gaussian errors.
-    """
+def _error(codes: np.ndarray, vectors: np.ndarray, codewords: np.ndarray, sizes: list[int]) -> float:
+    """Mean squared error of some of the vectors, by codewords that are not perturbed."""
     some = slice(0, 8 * BATCH)
     restored = codewords[codes[some] + starts_of(sizes)].sum(axis=1)
-    error = np.square(vectors[some] - restored).sum(axis=1).mean()
+    return float(np.square(vectors[some] - restored).sum(axis=1).mean())
+
+
+def _ridge(error: float, codewords: np.ndarray) -> float:
+    """The ridge that fits the present codewords' energy and the present error.
+
+    With it the fit is the posterior mean of codewords that are Gaussian with this energy, of vectors with Gaussian
+    errors.
+    """
     energy = np.square(codewords).sum(axis=1).mean()
-    ridge = float(np.clip(error / energy, 1e-2, 30)) if energy > 0 else 1.0
-    if sum(sizes) <= SOLVED_COLUMNS:
-        return solve_codewords(codes, vectors, sizes, ridge)
-    return improve_codewords(codewords, codes, vectors, sizes, ridge)
+    return float(np.clip(error / energy, 1e-2, 30)) if energy > 0 else 1.0
 
 
 def _improve(
     codes: np.ndarray, vectors: np.ndarray, codebooks: list[torch.Tensor], search_rounds: int, number: int
-) -> tuple[np.ndarray, float]:
-    """Local search from the given codes; returns the new ones and their mean squared error."""
+) -> np.ndarray:
+    """Local search from the given codes."""
     pairs = build_pair_tables(codebooks)
-    found, total = np.empty_like(codes), 0.0
+    found = np.empty_like(codes)
     for start in range(0, len(codes), BATCH):
         part = slice(start, start + BATCH)
-        target = torch.from_numpy(vectors[part])
-        better, restored = local_search(
-            target, torch.from_numpy(codes[part]), pairs, search_rounds, batch_invariant=False, first_round=number
-        )
+        target, before = torch.from_numpy(vectors[part]), torch.from_numpy(codes[part].astype(np.int64))
+        better = local_search(target, before, pairs, search_rounds, batch_invariant=False, first_round=number)[0]
         found[part] = better.numpy()
-        total += float((target - restored).square().sum())
-    return found, total / len(codes)
-
-
-def _greedy_codes(vectors: np.ndarray, codebooks: list[torch.Tensor]) -> np.ndarray:
-    """Codes chosen one after the other, where the search starts."""
-    codes = np.empty((len(vectors), len(codebooks)), np.int64)
-    for start in range(0, len(vectors), BATCH):
-        residual = torch.from_numpy(vectors[start : start + BATCH]).clone()
-        for step, codebook in enumerate(codebooks):
-            best = torch.addmm(codebook.square().sum(-1), residual, codebook.T, alpha=-2).argmin(dim=1)
-            residual -= codebook[best]
-            codes[start : start + BATCH, step] = best.numpy()
-    return codes
+    return found

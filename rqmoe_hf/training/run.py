@@ -19,6 +19,7 @@ from ..modeling_rqmoe import RQMoEModel
 from ..record import RECORD_FILE, TRAINING_FILE, measure
 from ..saving import round_weights, save_whole, write_text
 from .initialization import initialize
+from .lsq import TEMPERATURE
 from .trainer import MAX_EVALUATION_VECTORS, RQMoETrainer, RQMoETrainingArguments, last_complete_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -38,10 +39,10 @@ def train_quantizer(
     init_method: Literal["rq", "lsq"] = "rq",
     init_sample_size: int = 65_536,
     init_beam_size: int = 5,
-    init_rounds: int = 25,
+    init_rounds: int = 50,
     half_size: bool = False,
     description: str | None = None,
-    init_temperature: float | None = None,
+    init_temperature: float = TEMPERATURE,
 ) -> RQMoEModel:
     """Initialises and trains a quantizer, and saves it to `args.output_dir`.
 
@@ -117,7 +118,7 @@ def _start(
     method: Literal["rq", "lsq"],
     sample_size: int,
     beam_size: int,
-    annealing: tuple[int, float | None],
+    annealing: tuple[int, float],
 ) -> None:
     """Initialises a new quantizer, and keeps what it starts from beside the checkpoints if training goes on."""
     folder = Path(str(args.output_dir))
