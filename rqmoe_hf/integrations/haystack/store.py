@@ -4,17 +4,17 @@ import asyncio
 import math
 import os
 from collections.abc import Iterable, Sequence
-from datetime import datetime
 from typing import Any
 
 import numpy as np
 
-from ..index import Document as IndexDocument
-from ..index import RQMoEIndex
-from ..index.filters import compile_filter
-from ..modeling_rqmoe import RQMoEModel
-from . import needs_extra
-from .common import open_index, own_ids
+from ...index import Document as IndexDocument
+from ...index import RQMoEIndex
+from ...modeling_rqmoe import RQMoEModel
+from .. import needs_extra
+from ..common import open_index, own_ids
+from .filters import to_filter
+from .metadata import OWN, MetadataReports
 
 with needs_extra("haystack"):
     from haystack import Document, component, default_from_dict, default_to_dict
@@ -22,15 +22,11 @@ with needs_extra("haystack"):
     from haystack.document_stores.errors import DuplicateDocumentError
     from haystack.document_stores.types import DuplicatePolicy, FilterPolicy
     from haystack.document_stores.types.filter_policy import apply_filter_policy
-    from haystack.errors import FilterError
 
-OWN = "_haystack"  # metadata beside the user's, for what the index has no place for
-COMPARISONS = {">": "$gt", ">=": "$gte", "<": "$lt", "<=": "$lte"}
-OPERATORS = {"==": "$eq", "!=": "$ne", "in": "$in", "not in": "$nin", **COMPARISONS}
 DUPLICATES = {DuplicatePolicy.SKIP: "skip", DuplicatePolicy.OVERWRITE: "replace"}
 
 
-class RQMoEDocumentStore:
+class RQMoEDocumentStore(MetadataReports):
     """Documents with embeddings of some bytes each, for Haystack.
 
     Filters on `meta` and `id` are evaluated before scanning. Strings are compared as strings, so dates in ISO
@@ -332,60 +328,6 @@ class RQMoEEmbeddingRetriever:
     ) -> dict[str, list[Document]]:
         """As [`run`]."""
         return await asyncio.to_thread(self.run, query_embedding, filters, top_k, scale_score, return_embedding)
-
-
-def to_filter(filters: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Haystack's filters in the index's language; see `rqmoe_hf.index.filters`.
-
-    Raises:
-        FilterError: If they are malformed, or on other fields than `meta` and `id`.
-    """
-    if not filters:
-        return None
-    translated = _to_filter(filters)
-    try:
-        compile_filter(translated)
-    except ValueError as error:
-        raise FilterError(str(error)) from error
-    return translated
-
-
-def _to_filter(filters: dict[str, Any]) -> dict[str, Any]:
-    if "field" in filters:
-        return _to_condition(filters)
-    if "operator" not in filters or "conditions" not in filters:
-        raise FilterError(f"Expected 'field', 'operator' and 'value', or 'operator' and 'conditions', got {filters}.")
-    parts = [_to_filter(condition) for condition in filters["conditions"]]
-    if filters["operator"] not in ("AND", "OR", "NOT"):
-        raise FilterError(f"The logical operator must be AND, OR or NOT, got {filters['operator']!r}.")
-    return {"$not": {"$and": parts}} if filters["operator"] == "NOT" else {f"${filters['operator'].lower()}": parts}
-
-
-def _to_condition(condition: dict[str, Any]) -> dict[str, Any]:
-    if "operator" not in condition or "value" not in condition:
-        raise FilterError(f"A condition needs 'field', 'operator' and 'value', got {condition}.")
-    field, operator, value = condition["field"], condition["operator"], condition["value"]
-    if operator not in OPERATORS:
-        raise FilterError(f"The operator on {field!r} must be one of {', '.join(OPERATORS)}, got {operator!r}.")
-    if field in ("content", "blob", "embedding", "sparse_embedding", "score"):
-        raise FilterError(f"Filters may be on fields of meta and on id, got {field!r}.")
-    value = value.isoformat() if isinstance(value, datetime) else value
-    if operator in ("in", "not in") and not isinstance(value, list):
-        raise FilterError(f"{operator!r} on {field!r} needs a list, got {value!r}.")
-    if operator in COMPARISONS:
-        if value is None:
-            return {"$or": []}
-        if isinstance(value, list) or (isinstance(value, str) and not _is_date(value)):
-            raise FilterError(f"{operator!r} on {field!r} needs a number or a date in ISO format, got {value!r}.")
-    return {"$id" if field == "id" else field.removeprefix("meta."): {OPERATORS[operator]: value}}
-
-
-def _is_date(text: str) -> bool:
-    try:
-        datetime.fromisoformat(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _to_metadata(document: Document) -> dict[str, Any]:
