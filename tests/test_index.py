@@ -251,6 +251,22 @@ def test_what_add_takes(additive, clustered):
     np.testing.assert_allclose(index.reconstruct([0, 7, 79]), additive.decompress(codes[[0, 7, 12]]), rtol=1e-5)
 
 
+def test_codes_are_those_of_the_quantizer_and_the_version_tells_of_changes(additive, clustered, tmp_path, monkeypatch):
+    monkeypatch.setattr("rqmoe_hf.index.documents.CHUNK", 64)  # several batches
+    names = [f"vector {number}" for number in range(150)]
+    folder = tmp_path / "index"
+    with RQMoEIndex(additive, folder) as index, RQMoEIndex.load(folder, additive) as reader:
+        versions = [reader.version]
+        index.add(clustered[:150], ids=names)
+        versions.append(reader.version)
+        index.remove(["vector 3"])
+        versions.append(reader.version)
+        assert versions == sorted(set(versions)) and index.version == reader.version == versions[-1]
+        ids, codes = (np.concatenate(parts) for parts in zip(*reader.codes(), strict=True))
+        assert ids.tolist() == [name for name in names if name != "vector 3"]
+        np.testing.assert_array_equal(codes, np.delete(additive.compress(clustered[:150]), 3, axis=0))
+
+
 def test_an_empty_index_finds_nothing(additive, queries):
     index = RQMoEIndex(additive)
     scores, ids = index.search(queries, 5)

@@ -56,8 +56,8 @@ class OwnSearcher:
             for first in range(0, len(codes), BLOCK):
                 _add(index, codes[first : first + BLOCK], data.database[first : first + BLOCK])
             index.save()
-            scanner = index._ranker.scanner
-            stored = self.size if scanner is None else scanner.bytes_per_vector - 8
+            scanned = index.scanned_bytes
+        stored = self.size if scanned is None else scanned - 8  # without the row number
         measured = {
             "stored_bytes": stored,
             "refinement_bytes": 2 * data.train.shape[1] if self.floats else 0,

@@ -72,6 +72,27 @@ class Collection:
         """Where the collection is; None if it is in this process only."""
         return None if self._folder is None else self._folder.path
 
+    @property
+    def version(self) -> int:
+        """A number that every change raises, also those of other processes."""
+        with self._database.reading() as state:
+            return state.version
+
+    @property
+    def scanned_bytes(self) -> int | None:
+        """Bytes of each vector in memory for scanning: code, the code of its norm, row number. None before a scan."""
+        return None if self._ranker.scanner is None else self._ranker.scanner.bytes_per_vector
+
+    def codes(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """All ids, int64 or strings `(n,)`, and packed codes, uint8 `(n, bytes)`, in batches of one state.
+
+        Until it is exhausted or closed, other threads wait for it.
+        """
+        with self._database.reading():
+            for rows, codes in self._database.batches():
+                ids = self._database.ids_of(rows)
+                yield ids_array([ids[row] for row in rows.tolist()]), codes
+
     def get(self, ids: Iterable[Id], missing_ok: bool = False) -> list[Document]:
         """Texts and metadata.
 

@@ -140,7 +140,7 @@ class LiveIndex:
 
     def describe(self) -> dict[str, Any]:
         """What the page says of the index, as JSON."""
-        scanner, parameters = self.index._ranker.scanner, self.index.quantizer.parameters()
+        scanned, parameters = self.index.scanned_bytes, self.index.quantizer.parameters()
         sizes = [bytes_per_vector(steps + 1, self.config.code_sizes) for steps in range(self.num_codebooks)]
         too_large = TOO_LARGE.format(self.exact_up_to) if self.is_large else None
         return {
@@ -151,7 +151,7 @@ class LiveIndex:
             "metric": self.settings["metric"].replace("_", " "),
             "on_disk": describe(self.folder)["on disk"],
             "bytes_by_codes": sizes,
-            "scan_bytes": 0 if scanner is None else scanner.bytes_per_vector - sizes[-1],
+            "scan_bytes": 0 if scanned is None else scanned - sizes[-1],
             "quantizer_bytes": sum(weights.numel() * weights.element_size() for weights in parameters),
             "shortest": self.shortest,
             "why_not_shorter": JOINT if self.is_joint else too_large,
@@ -187,7 +187,7 @@ class LiveIndex:
         steps, rescore = self._checked(query, setting)
         if self.is_large:
             raise Refused(TOO_LARGE.format(self.exact_up_to))
-        ids, seconds = self._exact(query, self._version())
+        ids, seconds = self._exact(query, self.index.version)
         vector, _ = self.embed(query)
         found = set(self._find(self._holding(steps), vector, COMPARED, setting.shortlist, rescore)[1].tolist())
         exact = self.index.get(ids, missing_ok=True)
@@ -219,7 +219,7 @@ class LiveIndex:
             return self.index
         with self._shortening:
             version, index = self._shortened.get(steps, (-1, None))
-            if index is None or version != self._version():
+            if index is None or version != self.index.version:
                 version, index = self._shortened[steps] = self._shorten(steps)
             return index
 
@@ -228,24 +228,17 @@ class LiveIndex:
         made = self.settings
         index = RQMoEIndex(self.index.quantizer, metric=made["metric"], kind=made["kind"],
                            num_lists=made["num_lists"], num_codebooks=steps)  # fmt: skip
-        database = self._apart._database
-        with database.reading() as state:
-            for rows, codes in database.batches():
-                ids = database.ids_of(rows)
-                short = truncate_codes(codes, self.num_codebooks, steps, self.config.code_sizes)
-                index.add(codes=short, ids=[ids[row] for row in rows.tolist()])
+        version = self._apart.version  # before the codes: a change meanwhile only makes it be made once more
+        for ids, codes in self._apart.codes():
+            index.add(codes=truncate_codes(codes, self.num_codebooks, steps, self.config.code_sizes), ids=ids.tolist())
         index.search(np.ones(self.config.hidden_size, np.float32), 1, shortlist=1)
-        return state.version, index
+        return version, index
 
     def _find_exact(self, query: str, version: int) -> tuple[list[Id], float]:
         """Ids of the exact hits, and the seconds taken; the version keeps a changed index from old answers."""
         vector, start = self.embed(query)[0], time.perf_counter()
         _, ids = self._apart.search(vector, COMPARED, shortlist=max(len(self._apart), 1), rescore=self.rescores[0])
         return ids.tolist(), time.perf_counter() - start
-
-    def _version(self) -> int:
-        with self.index._database.reading() as state:
-            return state.version
 
     def _embed(self, query: str) -> tuple[np.ndarray, float]:
         """The embedding of a query, and the seconds taken."""
