@@ -1,7 +1,6 @@
-"""What each lever of the additive quantizers gives: the size of the codebooks, annealing, its rounds, the search.
+"""What each lever of the additive quantizers gives: the size of the codebooks, the search, what keeps noise out.
 
-    python benchmarks/levers.py --set wordllama-256    # codebooks
-    python benchmarks/levers.py --set minilm-384       # annealing
+    python benchmarks/levers.py --set minilm-384
 
 trains quantizers of 8 bytes on the same vectors, encodes held-out ones with more and more rounds of
 local search, and writes results/levers-<set>.json after each. Settings that are there already are not run again.
@@ -26,22 +25,23 @@ Settings = dict[str, tuple[list[int], dict]]  # by name: codebook sizes, and set
 BYTES = [256] * 8
 
 # What is tried on which set, and on how many vectors. Settings without annealing have as many rounds.
-CODEBOOKS: Settings = {
-    "8 x 256, no annealing": (BYTES, {"rounds": 0, "final_rounds": 31}),
-    "8 x 256": (BYTES, {"temperature": 1.0}),
-    "8 x 256, twice the rounds": (BYTES, {"temperature": 1.0, "rounds": 50}),
-    "7 x 512 + 2": ([512] * 7 + [2], {"temperature": 1.0}),
-    "6 x 1024 + 16": ([1024] * 6 + [16], {"temperature": 1.0}),
-    "5 x 2048 + 512": ([2048] * 5 + [512], {"temperature": 1.0}),
+FORGETFUL = {"keep": (0.0, 0.0)}
+NOISE: Settings = {
+    "vectors as they are, each fit to one round (LSQ++)": (BYTES, {"jitter": 0.0} | FORGETFUL),
+    "moved vectors, each fit to one round": (BYTES, FORGETFUL),
+    "vectors as they are, running fit": (BYTES, {"jitter": 0.0}),
+    "moved vectors, running fit": (BYTES, {}),
+    "the same, twice the rounds": (BYTES, {"rounds": 100}),
+    "the same, no annealing": (BYTES, {"rounds": 0, "final_rounds": 60}),
+    "the same, temperature 0.5": (BYTES, {"temperature": 0.5}),
+    "the same, temperature 1.5": (BYTES, {"temperature": 1.5}),
+    "the same, moved with half the energy": (BYTES, {"jitter": 0.19}),
+    "the same, moved with twice the energy": (BYTES, {"jitter": 0.75}),
+    "the same, four times the rounds": (BYTES, {"rounds": 200}),
+    "the same, 7 x 512 + 2": ([512] * 7 + [2], {}),
+    "the same, 6 x 1024 + 16": ([1024] * 6 + [16], {}),
 }
-ANNEALING: Settings = {
-    **{f"temperature {start:g}": (BYTES, {"temperature": start}) for start in (0.6, 1.0, 1.3, 1.6, 2.0, 2.5)},
-    "temperature 1.6, 7 x 512 + 2": ([512] * 7 + [2], {"temperature": 1.6}),
-    "temperature 1.6, 6 x 1024 + 16": ([1024] * 6 + [16], {"temperature": 1.6}),
-    **{f"temperature 1.6, {rounds} rounds": (BYTES, {"temperature": 1.6, "rounds": rounds}) for rounds in (50, 100)},
-    "one round of search, 50 rounds": (BYTES, {"temperature": 1.6, "rounds": 50, "search_rounds": 1}),
-}
-LEVERS: dict[str, tuple[Settings, int]] = {"wordllama-256": (CODEBOOKS, 60_000), "minilm-384": (ANNEALING, 16_384)}
+LEVERS: dict[str, tuple[Settings, int]] = {"minilm-384": (NOISE, 16_384)}
 
 
 def quantizer(sizes: list[int], codebooks: list[np.ndarray]) -> RQMoEModel:
@@ -72,7 +72,7 @@ def measure(model: RQMoEModel, vectors: np.ndarray) -> dict:
 def main() -> None:
     """Runs the settings that are missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--set", choices=list(LEVERS), default="wordllama-256")
+    parser.add_argument("--set", choices=list(LEVERS), default="minilm-384")
     parser.add_argument("--root", type=Path, default=Path("data"))
     arguments = parser.parse_args()
     tried, limit = LEVERS[arguments.set]
@@ -87,13 +87,13 @@ def main() -> None:
         if key in rows:
             continue
         start = time.perf_counter()
-        codebooks, codes = train_lsq(data.train - mean, sizes, **settings)
+        codebooks, _ = train_lsq(data.train - mean, sizes, center=mean, **settings)
         seconds = time.perf_counter() - start
-        trained = sum(codebook[column] for codebook, column in zip(codebooks, codes.T, strict=True))
+        model, trained = quantizer(sizes, codebooks), data.train[:HELD_OUT] - mean
         rows[key] = {
-            "train_mse": squared_error(data.train[: len(trained)] - mean, trained),
+            "train_mse": squared_error(trained, model.decompress(model.compress(trained, local_search=SEARCHES[-1]))),
             "train_seconds": round(seconds, 1),
-            "searches": measure(quantizer(sizes, codebooks), held_out),
+            "searches": measure(model, held_out),
         }
         environment.save(file, results | {"environment": environment.describe(), "settings": rows})
         print(name, rows[key], flush=True)

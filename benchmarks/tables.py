@@ -211,9 +211,9 @@ def bundled() -> str:
     return "\n".join(lines)
 
 
-def levers(name: str = "wordllama-256") -> str:
-    """What the size of the codebooks, and local search, give."""
-    settings = environment.load(f"levers-{name}").get("settings", {})
+def levers() -> str:
+    """What keeps the noise of the training vectors out of the codebooks, and what local search gives."""
+    settings = environment.load("levers-minilm-384").get("settings", {})
     rounds = list(next(iter(settings.values()))["searches"]) if settings else []
     lines = [
         f"| | {' | '.join(rounds)} | error of the training vectors | training |",
@@ -223,11 +223,6 @@ def levers(name: str = "wordllama-256") -> str:
         errors = " | ".join(f"{row['searches'][number]['mse']:.4f}" for number in rounds)
         lines.append(f"| {key.split(' | ')[0]} | {errors} | {row['train_mse']:.4f} | {row['train_seconds']:.0f} s |")
     return "\n".join(lines)
-
-
-def annealing() -> str:
-    """What the temperature and the rounds of the annealing give."""
-    return levers("minilm-384")
 
 
 def search() -> str:
@@ -276,7 +271,7 @@ def machine() -> str:
 TABLES = {
     table.__name__: table
     for table in (
-        summary, quality, engine, qinco, tasks, module, fit, bundled, levers, annealing, search, machine
+        summary, quality, engine, qinco, tasks, module, fit, bundled, levers, search, machine
     )
 }
 
