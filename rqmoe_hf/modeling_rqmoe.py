@@ -25,6 +25,7 @@ from .configuration_rqmoe import RQMoEConfig
 from .decoding_rqmoe import decode_codes
 from .encoding_rqmoe import Tables, build_tables, encode_vectors
 from .experts_rqmoe import RQMoEExperts
+from .limits_rqmoe import check_weight_files
 from .local_search_rqmoe import refine_codes
 
 _HUB_ARGUMENTS = ("repo_id", "commit_message", "private", "revision", "create_pr")  # of save_pretrained
@@ -108,6 +109,15 @@ class RQMoEPreTrainedModel(PreTrainedModel):
             found = re.search(r"snapshots[/\\](\w+)", cached) if isinstance(cached, str) else None
             model.commit_hash = None if found is None else found[1]
         return (model, loading) if output_loading_info else model
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        """Looks at the headers first: transformers would allocate, and fill at random, whatever the files lack."""
+        if checkpoint_files is not None:
+            check_weight_files(checkpoint_files, model.state_dict(), model.config.name_or_path)
+        return PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
