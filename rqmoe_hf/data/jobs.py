@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
 
+from ..codes import bytes_per_vector
 from ..modeling_rqmoe import RQMoEModel
-from ..saving import maker_record, weights_checksum
+from ..saving import check_record, maker_record, weights_checksum
 from .shards import column_array, fixed_size_column, write_shards
 from .sources import as_array, load_embeddings, load_table
 
@@ -157,16 +158,43 @@ def decompress_shards(
 
 
 def codes_info(source: str | os.PathLike) -> dict:
-    """Which quantizer made the codes of a file or folder: model, revision, weights, num_codebooks, codebook_size."""
+    """Which quantizer made the codes of a file or folder: model, revision, weights, num_codebooks, codebook_size.
+
+    Raises:
+        ValueError: If there are no codes, or what they say of their quantizer is damaged.
+    """
     path = Path(source)
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    try:
-        metadata = pq.read_schema(files[0]).metadata if files and files[0].is_file() else None
-    except pa.ArrowInvalid:  # no parquet file
-        metadata = None
-    if not metadata or CODES_METADATA not in metadata:
+    files = [file for file in (sorted(path.glob("*.parquet")) if path.is_dir() else [path]) if file.is_file()]
+    found = [_file_info(file) for file in files]
+    if not found:
         raise ValueError(f"{source} holds no codes of `rqmoe compress`: a parquet file or folder of it is expected.")
-    return json.loads(metadata[CODES_METADATA])
+    for file, info in zip(files, found, strict=True):
+        if info["weights"] != found[0]["weights"] or info["num_codebooks"] != found[0]["num_codebooks"]:
+            raise ValueError(f"{file} holds codes of another quantizer or rate than {files[0]}: keep them apart.")
+    return found[0]
+
+
+def _file_info(file: Path) -> dict:
+    """What one parquet file says of its quantizer; its column of codes must agree."""
+    try:
+        schema = pq.read_schema(file)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{file} holds no codes of `rqmoe compress`: it is no parquet file, or damaged: {error}"
+        ) from error
+    if CODES_METADATA not in (schema.metadata or {}):
+        raise ValueError(f"{file} holds no codes of `rqmoe compress`: it does not say which quantizer made them.")
+    try:
+        record = json.loads(schema.metadata[CODES_METADATA])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged: its note on the quantizer is no JSON ({error}).") from error
+    info = check_record(record, file)
+    width = bytes_per_vector(info["num_codebooks"], info["codebook_size"])
+    kind = schema.field("codes").type if schema.names.count("codes") == 1 else None
+    fits = kind is not None and pa.types.is_fixed_size_list(kind) and kind.value_type == pa.uint8()
+    if not fits or kind.list_size != width:
+        raise ValueError(f"{file} is damaged: the column codes should hold {width} bytes each, it is {kind}.")
+    return info
 
 
 def check_quantizer(info: dict, quantizer: RQMoEModel) -> None:
@@ -177,6 +205,13 @@ def check_quantizer(info: dict, quantizer: RQMoEModel) -> None:
         raise ValueError(
             f"These codes were made by {info['model']}{at} (weights {info['weights']}), not by "
             f"{quantizer.name_or_path or 'this quantizer'} (weights {weights}): load that quantizer."
+        )
+    config = quantizer.config
+    expected = (config.code_sizes, config.hidden_size)
+    if (info["codebook_size"], info["hidden_size"]) != expected or info["num_codebooks"] > config.num_codebooks:
+        raise ValueError(
+            f"These codes name the weights of the quantizer given, but other sizes than its {config.num_codebooks} "
+            f"codebooks of {config.code_sizes} codewords and {config.hidden_size} dimensions: their note is damaged."
         )
 
 

@@ -60,6 +60,18 @@ class State:
         """CRC-32 over all of it."""
         return zlib.crc32(repr(self).encode())
 
+    @property
+    def is_possible(self) -> bool:
+        """Whether the numbers are such as this package writes."""
+        numbers = (self.version, self.count, self.next_row, self.next_id, self.forgotten)
+        if not all(type(number) is int and number >= 0 for number in numbers) or self.count >= self.next_row:
+            return False
+        try:
+            sources = json.loads(self.sources)
+        except (TypeError, ValueError, RecursionError):
+            return False
+        return isinstance(sources, dict) and all(type(rows) is int and rows >= 0 for rows in sources.values())
+
 
 @dataclass
 class Document:
@@ -206,7 +218,10 @@ class Database:
         checksum = values.pop("checksum", None)
         if set(values) != {field.name for field in fields(State)} or State(**values).checksum != checksum:
             raise ValueError(f"{self.file} is damaged: the checksum of its state does not fit. {RESTORE}")
-        return State(**values)
+        state = State(**values)
+        if not state.is_possible:  # the checksum fits, but this package never wrote that
+            raise ValueError(f"{self.file} is damaged: its state is {str(values)[:200]}. {RESTORE}")
+        return state
 
     # --- rows ----------------------------------------------------------------------------------------------------
 
@@ -232,10 +247,13 @@ class Database:
         query = (
             "SELECT row, id, text, metadata FROM vectors LEFT JOIN documents USING (row) WHERE row IN ({})"
         )
-        return {
-            row: Document(id, text, json.loads(metadata) if metadata else {})
-            for row, id, text, metadata in self._many(query, rows)
-        }
+        try:
+            return {
+                row: Document(id, text, json.loads(metadata) if metadata else {})
+                for row, id, text, metadata in self._many(query, rows)
+            }
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{self.file} is damaged: metadata in it are no JSON ({error}). {RESTORE}") from error
 
     def rows_of(self, rows: Sequence[int]) -> list[Row]:
         """All that is known of rows, in their order."""
@@ -388,8 +406,8 @@ def codes_array(codes: Sequence[bytes]) -> np.ndarray:
     """Packed codes as uint8 `(n, bytes)`.
 
     Raises:
-        ValueError: If their lengths differ.
+        ValueError: If they are no bytes, or their lengths differ.
     """
-    if len({len(code) for code in codes}) > 1:
-        raise ValueError("The codes in the database have different lengths: it is damaged.")
+    if not all(type(code) is bytes for code in codes) or len({len(code) for code in codes}) > 1:
+        raise ValueError(f"The codes in the database have different lengths, or are no bytes: it is damaged. {RESTORE}")
     return np.frombuffer(b"".join(codes), np.uint8).reshape(len(codes), -1)

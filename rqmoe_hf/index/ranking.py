@@ -1,6 +1,6 @@
 """The stages of a search: tables choose a shortlist, and what is known better ranks it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -90,8 +90,11 @@ class Ranker:
         sizes = sizes_of(self.steps, self.quantizer.config.code_sizes)
         bits, width = [bits_per_code(size) for size in sizes], bytes_per_vector(self.steps, sizes)
         known = None if self.quantizer.config.has_experts else exact_codewords(self.quantizer, self.steps)
-        self.scanner, notes = Scanner.load(file, known, bits, width, self.scanned)
-        self.progress = Progress(**notes)
+        scanner, notes = Scanner.load(file, known, bits, width, self.scanned)
+        expected = {field.name for field in fields(Progress)}
+        if scanner.size != self.quantizer.config.hidden_size or set(notes) != expected or min(notes.values()) < 0:
+            raise ValueError(f"{file} is no snapshot of this index: its notes do not fit. Delete it; it is made anew.")
+        self.scanner, self.progress = scanner, Progress(**notes)
         return True
 
     def rebuild(self, state: State) -> Scanner:
