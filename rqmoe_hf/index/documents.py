@@ -336,7 +336,7 @@ class Database:
             "SELECT vectors.checksum, vectors.row, id, code, text, metadata, vector FROM vectors LEFT JOIN documents "
             "USING (row) LEFT JOIN floats USING (row) ORDER BY row"
         )
-        bad = [id for checksum, _, id, *values in run(query) if Row(id, *values).checksum != checksum]
+        bad = [id for checksum, _, *values in run(query) if not _is_intact(Row(*values), checksum) for id in values[:1]]
         if bad:
             shown = ", ".join(map(repr, bad[:5]))
             found.append(f"the checksums of {len(bad)} entries do not fit, with ids {shown}")
@@ -397,6 +397,14 @@ class Database:
             yield from self._connection.execute(query.format(",".join("?" * len(part))), part)
 
 
+def _is_intact(row: Row, checksum: object) -> bool:
+    """Whether a row is what was written; one with values of other types is not."""
+    try:
+        return row.checksum == checksum
+    except (TypeError, AttributeError):
+        return False
+
+
 def _casefold(value: object) -> str | None:
     """A string whose case does not matter, for filters: SQLite's own `lower` knows ASCII only."""
     return value.casefold() if isinstance(value, str) else None
@@ -411,3 +419,14 @@ def codes_array(codes: Sequence[bytes]) -> np.ndarray:
     if not all(type(code) is bytes for code in codes) or len({len(code) for code in codes}) > 1:
         raise ValueError(f"The codes in the database have different lengths, or are no bytes: it is damaged. {RESTORE}")
     return np.frombuffer(b"".join(codes), np.uint8).reshape(len(codes), -1)
+
+
+def floats_array(floats: bytes, size: int) -> np.ndarray:
+    """A kept vector, float16 `(size,)`.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if type(floats) is not bytes or len(floats) != 2 * size:
+        raise ValueError(f"A vector in the database is not one of {size} float16 values: it is damaged. {RESTORE}")
+    return np.frombuffer(floats, np.float16)

@@ -7,7 +7,7 @@ import numpy as np
 
 from ..codes import bits_per_code, bytes_per_vector, sizes_of
 from ..modeling_rqmoe import RQMoEModel
-from .documents import Database, State, codes_array
+from .documents import Database, State, codes_array, floats_array
 from .scanning import FIT_ROWS, POINTS_PER_LIST, Scanner, exact_codewords, fit_scanner
 
 FLAT_UP_TO = 50_000  # codes
@@ -234,7 +234,7 @@ class Ranker:
             kept = self.database.floats_of(rows)
             for place, row in enumerate(rows.tolist()):
                 if row in kept:
-                    vectors[place] = np.frombuffer(kept[row], np.float16)
+                    vectors[place] = floats_array(kept[row], vectors.shape[1])
         return normalized(vectors) if self.normalizes else vectors
 
 

@@ -251,7 +251,7 @@ def check_manifest(manifest: dict, file: Path) -> None:
 
     Its checksum tells that nothing has happened to it, not that it was this package that wrote it.
     """
-    lists, files = manifest.get("num_lists"), manifest.get("files")
+    lists, files = manifest.get("num_lists", 0), manifest.get("files")
     problems = [f"{name} is {str(manifest.get(name))[:100]}" for name, choices in CHOICES.items()
                 if manifest.get(name) not in choices]  # fmt: skip
     if lists is not None and not (type(lists) is int and 1 <= lists <= MAX_LISTS):
