@@ -5,6 +5,7 @@ steer transformers away from reading weights, so both are checked before anythin
 """
 
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -28,8 +29,7 @@ WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
 CONFIG_TYPES = ("float64", "float32", "float16", "bfloat16")
 # What else transformers reads from a config: code of kernels, other files, other arithmetic.
 STEERING = frozenset(
-    "quantization_config compression_config fusion_config distributed_config per_layer_config transformers_weights "
-    "attn_implementation experts_implementation tp_plan device_map gguf_file adapter_kwargs".split()
+    ["quantization_config", "compression_config", "fusion_config", "distributed_config", "per_layer_config", "transformers_weights", "attn_implementation", "experts_implementation", "tp_plan", "device_map", "gguf_file", "adapter_kwargs"]
 )
 
 
@@ -76,9 +76,13 @@ def check_sizes(config: Any) -> None:
         )
 
 
-def check_entries(entries: dict[str, Any], config_class: type) -> None:
+def check_entries(entries: dict[str, Any], config_class: Any) -> None:
     """Raises ValueError if the entries of a config.json reach for anything but the description of a quantizer."""
-    known = set(getattr(config_class, "__dataclass_fields__", ())) | {"model_type", "num_labels", "name_or_path"}
+    kind = config_class.model_type
+    if entries.get("model_type", kind) != kind:
+        raise ValueError(f"The config.json describes a model of the type {_shown(entries['model_type'])}, not {kind}.")
+    known = {field.name for field in fields(config_class)}
+    known |= {"model_type", "num_labels", "name_or_path", "output_attentions"}
     for name in entries:
         # An attribute of the class would be shadowed: its methods, or the map that redirects attributes.
         if name.removeprefix("_") in STEERING or (name not in known and hasattr(config_class, name)):

@@ -87,10 +87,10 @@ def check_record(record: Any, origin: object) -> dict[str, Any]:
     Raises:
         ValueError: If an entry is missing, of another type, or larger than that of any quantizer.
     """
-    kinds = {"model": (str, type(None)), "revision": (str, type(None)), "weights": str,
+    kinds: dict[str, Any] = {"model": (str, type(None)), "revision": (str, type(None)), "weights": str,
              "num_codebooks": int, "codebook_size": (int, list), "hidden_size": int}  # fmt: skip
     if not isinstance(record, dict):
-        raise ValueError(f"{origin} does not say which quantizer made its codes: its record is {type(record).__name__}.")
+        raise ValueError(f"{origin} does not say which quantizer made its codes: it says {str(record)[:100]}.")
     for name, kind in kinds.items():
         value = record.get(name)
         if not isinstance(value, kind) or isinstance(value, bool):
@@ -102,8 +102,8 @@ def check_record(record: Any, origin: object) -> dict[str, Any]:
         least, largest = (2, 65_536) if name == "codebook_size" else (1, LARGEST[name])
         if not all(type(value) is int and least <= value <= largest for value in values):
             raise ValueError(
-                f"The record of the quantizer in {origin} is damaged: {name} must lie between {least} and {largest:,}, "
-                f"got {str(record[name])[:100]}."
+                f"The record of the quantizer in {origin} is damaged: {name} must lie between {least} and "
+                f"{largest:,}, got {str(record[name])[:100]}."
             )
     sizes_of(record["num_codebooks"], sizes)  # there must be a size for each code
     return record

@@ -8,6 +8,7 @@ import sqlite3
 import sys
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import faiss
@@ -238,10 +239,8 @@ def _mutate_rows(database: bytes, rng: random.Random) -> bytes:
         except sqlite3.Error:
             continue
     state = dict(connection.execute("SELECT name, value FROM state WHERE name != 'checksum'"))
-    try:
+    with suppress(sqlite3.Error):
         connection.execute("UPDATE state SET value = ? WHERE name = 'checksum'", (State(**state).checksum,))
-    except sqlite3.Error:
-        pass
     connection.commit()
     changed = connection.serialize()
     return changed[:18] + database[18:20] + changed[20:]

@@ -58,7 +58,8 @@ def _tensor(storage: Any, offset: int, size: tuple, stride: tuple, *rest: Any) -
     numbers = (offset, *size, *stride)
     if len(size) != len(stride) or not all(type(number) is int and 0 <= number <= MAX_NUMBERS for number in numbers):
         raise pickle.UnpicklingError(f"a tensor has the shape {size} and strides {stride}")
-    length, last = storage.nbytes() // storage.dtype.itemsize, offset + sum((rows - 1) * step for rows, step in zip(size, stride, strict=True))
+    length = storage.nbytes() // storage.dtype.itemsize
+    last = offset + sum((rows - 1) * step for rows, step in zip(size, stride, strict=True))
     if math.prod(size) > length or (math.prod(size) and last >= length):
         raise pickle.UnpicklingError(f"a tensor of shape {size} does not fit into its {length} numbers")
     return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, *rest)
@@ -99,6 +100,10 @@ def load_pickle(path: Path, inert: Set[tuple[str, str]] = frozenset()) -> Any:
     length = Path(path).stat().st_size
 
     class Unpickler(pickle.Unpickler):
+        def __init__(self, file: Any, **kwargs: Any):
+            _check_opcodes(file)
+            super().__init__(file, **kwargs)
+
         def __setattr__(self, name: str, value: Any) -> None:
             if name == "persistent_load":  # torch's, which allocates what the file claims
                 super().__setattr__(name, lambda claimed: value(_checked_storage(claimed, length)))
@@ -115,14 +120,14 @@ def load_pickle(path: Path, inert: Set[tuple[str, str]] = frozenset()) -> Any:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which a quantizer has no use for")
 
     def load(file: Any, **kwargs: Any) -> Any:
-        _check_opcodes(file)
         return Unpickler(file, **kwargs).load()
 
     restricted = types.SimpleNamespace(Unpickler=Unpickler, load=load, __name__="restricted_pickle")
     try:
         return torch.load(path, map_location="cpu", pickle_module=restricted, weights_only=False)
     except (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, TypeError, AttributeError, ValueError,
-            ArithmeticError, MemoryError, AssertionError, struct.error, zipfile.BadZipFile, ImportError) as error:  # fmt: skip
+            ArithmeticError, MemoryError, AssertionError, struct.error, zipfile.BadZipFile,
+            ImportError) as error:  # fmt: skip
         raise ValueError(f"{path} was refused or is damaged: {error}. Nothing in it was executed.") from error
 
 
@@ -148,10 +153,9 @@ def _check_archive(path: Path) -> None:
 
 def _check_opcodes(file: Any) -> None:
     """Refuses a pickle whose numbers make the unpickler allocate more than the pickle has bytes."""
-    start, number = file.tell(), 0
-    for opcode, argument, _ in pickletools.genops(file):
-        number += 1
-        if opcode.name in ("LONG_BINPUT", "BINPUT", "PUT") and int(argument) > number:
+    start = file.tell()
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(file), 1):
+        if opcode.name in ("LONG_BINPUT", "BINPUT", "PUT") and int(argument or 0) > number:
             raise pickle.UnpicklingError(f"it keeps its value number {argument} after {number} operations")
         if number > MAX_OPCODES:
             raise pickle.UnpicklingError(f"it has more than {MAX_OPCODES:,} operations")

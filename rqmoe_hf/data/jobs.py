@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -190,9 +191,8 @@ def _file_info(file: Path) -> dict:
         raise ValueError(f"{file} is damaged: its note on the quantizer is no JSON ({error}).") from error
     info = check_record(record, file)
     width = bytes_per_vector(info["num_codebooks"], info["codebook_size"])
-    kind = schema.field("codes").type if schema.names.count("codes") == 1 else None
-    fits = kind is not None and pa.types.is_fixed_size_list(kind) and kind.value_type == pa.uint8()
-    if not fits or kind.list_size != width:
+    kind: Any = schema.field("codes").type if schema.names.count("codes") == 1 else pa.null()
+    if not pa.types.is_fixed_size_list(kind) or (kind.value_type, kind.list_size) != (pa.uint8(), width):
         raise ValueError(f"{file} is damaged: the column codes should hold {width} bytes each, it is {kind}.")
     return info
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -261,8 +262,7 @@ class Database:
             "SELECT row, id, code, text, metadata, vector FROM vectors LEFT JOIN documents USING (row) "
             "LEFT JOIN floats USING (row) WHERE row IN ({})"
         )
-        found = {row: Row(*values) for row, *values in self._many(query, rows)}
-        return [found[row] for row in rows]
+        return in_order({row: Row(*values) for row, *values in self._many(query, rows)}, rows)
 
     def matching(self, filter: Filter | None, after: int = 0, limit: int = -1) -> np.ndarray:
         """Row numbers of the documents that a filter holds for, int64, ascending."""
@@ -336,7 +336,7 @@ class Database:
             "SELECT vectors.checksum, vectors.row, id, code, text, metadata, vector FROM vectors LEFT JOIN documents "
             "USING (row) LEFT JOIN floats USING (row) ORDER BY row"
         )
-        bad = [id for checksum, _, *values in run(query) if not _is_intact(Row(*values), checksum) for id in values[:1]]
+        bad = [id for checksum, _, id, *values in run(query) if not _is_intact(Row(id, *values), checksum)]
         if bad:
             shown = ", ".join(map(repr, bad[:5]))
             found.append(f"the checksums of {len(bad)} entries do not fit, with ids {shown}")
@@ -410,6 +410,18 @@ def _casefold(value: object) -> str | None:
     return value.casefold() if isinstance(value, str) else None
 
 
+def in_order(found: dict[int, Any], rows: Iterable[int]) -> list[Any]:
+    """What was found of rows, in their order.
+
+    Raises:
+        ValueError: If there is nothing of one of them, although another table or an index names it.
+    """
+    try:
+        return [found[row] for row in rows]
+    except KeyError as error:
+        raise ValueError(f"The database is damaged: its row {error} is missing or named wrongly. {RESTORE}") from error
+
+
 def codes_array(codes: Sequence[bytes]) -> np.ndarray:
     """Packed codes as uint8 `(n, bytes)`.
 
@@ -417,7 +429,7 @@ def codes_array(codes: Sequence[bytes]) -> np.ndarray:
         ValueError: If they are no bytes, or their lengths differ.
     """
     if not all(type(code) is bytes for code in codes) or len({len(code) for code in codes}) > 1:
-        raise ValueError(f"The codes in the database have different lengths, or are no bytes: it is damaged. {RESTORE}")
+        raise ValueError(f"The database is damaged: its codes have different lengths, or are no bytes. {RESTORE}")
     return np.frombuffer(b"".join(codes), np.uint8).reshape(len(codes), -1)
 
 

@@ -12,7 +12,7 @@ from ..bundled import load_quantizer
 from ..data.jobs import check_quantizer
 from ..modeling_rqmoe import RQMoEModel
 from .collection import Collection
-from .documents import Database, Id
+from .documents import Database, Id, in_order
 from .filters import Filter
 from .inputs import ids_array
 from .intake import Encoder
@@ -178,7 +178,7 @@ class RQMoEIndex(Collection):
             wanted = shortlist or max(SHORTLIST, 10 * top_k)
             scores, rows = self._ranker.search(vectors, top_k, wanted, rescore, nprobe, allowed, state)
             names = self._database.ids_of(np.unique(rows))
-        found = ids_array([names[row] for row in rows.flatten().tolist()]).reshape(rows.shape)
+        found = ids_array(in_order(names, rows.flatten().tolist())).reshape(rows.shape)
         return (scores[0], found[0]) if single else (scores, found)
 
     def _allowed(self, filter: Filter | None, ids: Iterable[Id] | None) -> np.ndarray | None:

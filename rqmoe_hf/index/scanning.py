@@ -111,6 +111,10 @@ class Scanner:
 
         self.tables, self.metric, self.code_bytes = tables, metric, code_bytes
         self._bits = [len(table).bit_length() - 1 for table in tables.codewords]
+        if code_bytes != -(-sum(self._bits) // 8):  # Faiss would read on behind each code
+            raise ValueError(
+                f"The database is damaged: its codes have {code_bytes} bytes, not {-(-sum(self._bits) // 8)}."
+            )
         self._codewords = np.concatenate(tables.codewords)
         tables.codewords = np.split(self._codewords, np.cumsum([1 << bits for bits in self._bits])[:-1])
         by_distance = metric == "l2"
