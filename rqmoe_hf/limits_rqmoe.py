@@ -28,9 +28,11 @@ MAX_LABELS = 1_000  # transformers makes a dictionary of them; a quantizer has n
 WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
 CONFIG_TYPES = ("float64", "float32", "float16", "bfloat16")
 # What else transformers reads from a config: code of kernels, other files, other arithmetic.
-STEERING = frozenset(
-    ["quantization_config", "compression_config", "fusion_config", "distributed_config", "per_layer_config", "transformers_weights", "attn_implementation", "experts_implementation", "tp_plan", "device_map", "gguf_file", "adapter_kwargs"]
-)
+STEERING = frozenset((
+    "quantization_config", "compression_config", "fusion_config", "distributed_config", "per_layer_config",
+    "transformers_weights", "attn_implementation", "experts_implementation", "tp_plan", "device_map", "gguf_file",
+    "adapter_kwargs",
+))  # fmt: skip
 
 
 def count_weights(config: Any) -> int:

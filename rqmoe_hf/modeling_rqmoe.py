@@ -6,6 +6,7 @@ H intermediate_size, c condition_size (the paper's D_e), n vectors, S steps with
 
 import os
 import re
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ from .limits_rqmoe import check_weight_files
 from .local_search_rqmoe import refine_codes
 
 _HUB_ARGUMENTS = ("repo_id", "commit_message", "private", "revision", "create_pr")  # of save_pretrained
+_BUILDING = threading.Lock()  # of all models: one in each could not be copied or pickled
 PROGRESS_BAR_FROM = 100_000  # vectors; below this, compress and decompress are silent unless asked
 
 
@@ -155,6 +157,9 @@ class RQMoEModel(RQMoEPreTrainedModel):
 
     A new model knows nothing about data; `rqmoe_hf.training.initialize` or `rqmoe train` give it its mean, its scale
     and its codebooks, and until then it refuses to work.
+
+    Threads may share a model for `encode`, `decode`, `compress` and `decompress`, as long as none of them trains it,
+    moves it, or changes its weights.
     """
 
     def __init__(self, config: RQMoEConfig):
@@ -395,10 +400,14 @@ class RQMoEModel(RQMoEPreTrainedModel):
         `forward` and `train` clear them besides, since fused optimizers leave no trace on the weights' versions.
         """
         key = tuple((weight.data_ptr(), weight._version) for weight in self.parameters())
-        if dtype not in self._tables or self._tables[dtype][0] != key:
-            weights = (self.codebooks, self.instructions, self.experts)
-            self._tables[dtype] = (key, build_tables(*weights, dtype, self.config.codebook_sizes))
-        return self._tables[dtype][1]
+        kept = self._tables.get(dtype)
+        if kept is None or kept[0] != key:
+            with _BUILDING:  # threads that come at once wait for the first one's tables
+                kept = self._tables.get(dtype)
+                if kept is None or kept[0] != key:
+                    weights = (self.codebooks, self.instructions, self.experts)
+                    kept = self._tables[dtype] = (key, build_tables(*weights, dtype, self.config.codebook_sizes))
+        return kept[1]
 
     def _packed_steps(self, codes: np.ndarray, num_codebooks: int | None) -> int:
         """How many codes per vector the packed `codes` hold."""

@@ -30,7 +30,8 @@ class RQMoEIndex(Collection):
     With a folder every change is on disk when the call returns, whole or not at all, and the folder is the collection:
     [`load`] opens it again. Without one the index ends with the process, unless it is saved to a folder. One index at
     a time may write to a folder; others read it meanwhile and see what was committed. Methods may be called from any
-    thread, but not from a forked process, which has to load the folder for itself.
+    thread, and take turns; the quantizer must not be changed meanwhile. A forked process has to load the folder for
+    itself.
 
     Args:
         quantizer: The quantizer, or its bundled name, folder or Hub id.
