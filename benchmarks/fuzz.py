@@ -5,7 +5,7 @@
     python benchmarks/fuzz.py --format "Faiss files" --number 4711    # one input again, with its traceback
 
 An input is decided by its format and number. Each is opened in a forked process with a limit of memory and a watchdog;
-what is neither accepted nor refused with a ValueError or OSError is a finding. Linux only.
+what is neither accepted nor refused with a ValueError or OSError that names the file is a finding. Linux only.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import faiss
 import torch
 import transformers
 from fuzzing.targets import TARGETS, Target
-from fuzzing.workers import Outcome, run_inputs
+from fuzzing.workers import INPUT, Outcome, run_inputs
 
 STRETCH = 10_000  # inputs between two saves
 
@@ -70,7 +70,7 @@ def fuzz(name: str, inputs: int, seconds: float) -> Outcome:
     known = environment.load("fuzz").get("formats", {}).get(name, {})
     done, began = Outcome(**{key: known[key] for key in asdict(Outcome()) if key in known}), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
-        target, place = prepare(name, Path(scratch) / "valid"), Path(scratch) / "input"
+        target, place = prepare(name, Path(scratch) / "valid"), Path(f"{scratch}{INPUT}")
         os.environ["HF_DATASETS_CACHE"] = scratch
         datasets.config.HF_DATASETS_CACHE = Path(scratch) / "cache"
         place.mkdir()
@@ -106,7 +106,7 @@ def main() -> None:
     quiet()
     if options.number is not None:
         with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
-            target, place = prepare(options.format, Path(scratch) / "valid"), Path(scratch) / "input"
+            target, place = prepare(options.format, Path(scratch) / "valid"), Path(f"{scratch}{INPUT}")
             place.mkdir()
             try_number(target, options.format, place, options.number)
             return print("accepted")

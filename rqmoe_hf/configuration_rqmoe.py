@@ -6,7 +6,7 @@ from functools import wraps
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from transformers import PreTrainedConfig
 
 from .limits_rqmoe import check_common, check_entries, check_sizes
@@ -110,10 +110,12 @@ class RQMoEConfig(PreTrainedConfig):
         """
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        except (AttributeError, TypeError, KeyError, RecursionError) as error:  # JSON, but no dictionary of settings
+        except (AttributeError, TypeError, KeyError, RecursionError, ValueError) as error:
+            if isinstance(error, HFValidationError):  # of the name, not of the file
+                raise
             raise RQMoEConfigError(
                 f"The config.json of {os.fspath(pretrained_model_name_or_path)} is damaged or describes no quantizer: "
-                f"{error}."
+                f"{error}"
             ) from error
 
     @classmethod

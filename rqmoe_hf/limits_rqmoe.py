@@ -24,6 +24,7 @@ LARGEST = {
 }
 MAX_NUMBERS = 1 << 32  # of weights, or of one kind of table made from them: 17 GB in float32
 MAX_CODEWORDS_IN_LOCAL_SEARCH = 65_536  # of all codebooks; the search keeps the square of it
+LARGEST_WEIGHT = 1e15
 MAX_LABELS = 1_000  # transformers makes a dictionary of them; a quantizer has none
 WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
 CONFIG_TYPES = ("float64", "float32", "float16", "bfloat16")
@@ -135,6 +136,20 @@ def check_weight_files(files: Iterable[str], expected: dict[str, torch.Tensor], 
     problems = [f"{kind}: {', '.join(_shown(name) for name in names[:5])}" for kind, names in wrong.items() if names]
     if problems:
         raise ValueError(f"The weights of {origin} do not belong to its config.json: {'; '.join(problems)}.")
+
+
+def check_finite(weights: dict[str, torch.Tensor], origin: str) -> None:
+    """Raises ValueError if weights hold NaN, infinity, or numbers whose squares distances cannot hold.
+
+    The nearest codeword would be none of the codebook.
+    """
+    held = {name: tensor for name, tensor in weights.items() if not tensor.is_meta}
+    broken = [name for name, tensor in held.items() if not (tensor.abs() < LARGEST_WEIGHT).all()]  # NaN fails it, too
+    if broken:
+        raise ValueError(
+            f"The weights of {origin} hold NaN, infinity or numbers above {LARGEST_WEIGHT:g}: {', '.join(broken[:5])}. "
+            "Save them again."
+        )
 
 
 def _shown(value: Any) -> str:

@@ -26,7 +26,7 @@ from .configuration_rqmoe import RQMoEConfig
 from .decoding_rqmoe import decode_codes
 from .encoding_rqmoe import Tables, build_tables, encode_vectors
 from .experts_rqmoe import RQMoEExperts
-from .limits_rqmoe import check_weight_files
+from .limits_rqmoe import check_finite, check_weight_files
 from .local_search_rqmoe import refine_codes
 
 _HUB_ARGUMENTS = ("repo_id", "commit_message", "private", "revision", "create_pr")  # of save_pretrained
@@ -104,6 +104,7 @@ class RQMoEPreTrainedModel(PreTrainedModel):
                 f"The weights of {pretrained_model_name_or_path} do not belong to its config.json: "
                 + "; ".join(f"{kind.replace('_', ' ')}: {', '.join(keys[:5])}" for kind, keys in wrong.items())
             )
+        check_finite(model.state_dict(), str(pretrained_model_name_or_path))
         if not os.path.isdir(pretrained_model_name_or_path):
             config = os.path.join(kwargs.get("subfolder", ""), "config.json")
             revision, cache = kwargs.get("revision") or "main", kwargs.get("cache_dir")

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from .codes import sizes_of
 from .limits_rqmoe import LARGEST
 from .modeling_rqmoe import RQMoEModel
 
@@ -105,5 +104,9 @@ def check_record(record: Any, origin: object) -> dict[str, Any]:
                 f"The record of the quantizer in {origin} is damaged: {name} must lie between {least} and "
                 f"{largest:,}, got {str(record[name])[:100]}."
             )
-    sizes_of(record["num_codebooks"], sizes)  # there must be a size for each code
+    if isinstance(sizes, list) and len(sizes) < record["num_codebooks"]:
+        raise ValueError(
+            f"The record of the quantizer in {origin} is damaged: it names {len(sizes)} codebook sizes for "
+            f"{record['num_codebooks']} codes."
+        )
     return record

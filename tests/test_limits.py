@@ -159,6 +159,10 @@ def test_weights_of_other_shapes_types_and_containers(tmp_path, paper_model):
     save_file(weights | {"codebooks": weights["codebooks"][:, :-1].copy()}, file)
     with pytest.raises(ValueError, match=r"codebooks has the shape \(4, 19, 16\) instead of \(4, 20, 16\)"):
         RQMoEModel.from_pretrained(tmp_path)
+    for number in ("nan", "inf", "1e30"):
+        save_file(weights | {"codebooks": weights["codebooks"] * np.float32(number)}, file)
+        with pytest.raises(ValueError, match=r"hold NaN, infinity or numbers above 1e\+15: codebooks"):
+            RQMoEModel.from_pretrained(tmp_path)
     save_file(weights | {"codebooks": weights["codebooks"].astype(np.int8)}, file)
     with pytest.raises(ValueError, match=r"no floats: codebooks \(I8\)"):
         RQMoEModel.from_pretrained(tmp_path)
@@ -185,7 +189,7 @@ def write_codes(file, record, codes=None):
         ({"num_codebooks": True}, "num_codebooks is True"),
         ({"codebook_size": 2**40}, "between 2 and 65,536"),
         ({"codebook_size": [16, "x"]}, "between 2 and 65,536"),
-        ({"codebook_size": [16]}, "codebook sizes for 1 steps, but 4 codes"),
+        ({"codebook_size": [16]}, "names 1 codebook sizes for 4 codes"),
         ({"hidden_size": "16"}, "hidden_size is 16"),
         ({"weights": None}, "weights is None"),
         ({"codebook_size": 2}, "should hold 1 bytes each"),
@@ -220,7 +224,7 @@ def test_damaged_parquet_files_are_named(tmp_path, paper_model):
 
 def test_a_note_must_fit_the_quantizer_that_it_names(paper_model):
     with pytest.raises(ValueError, match="other sizes than its 4 codebooks of 20"):
-        check_quantizer(maker_record(paper_model, 4) | {"hidden_size": 8}, paper_model)
+        check_quantizer(maker_record(paper_model, 4) | {"hidden_size": 8}, paper_model, "here")
 
 
 # --- index folders -----------------------------------------------------------------------------------------------
@@ -314,7 +318,7 @@ def test_notes_of_snapshots(index_folder, notes):
         ("UPDATE vectors SET code = 7", "or are no bytes"),
         ("UPDATE vectors SET code = x'0000000000' WHERE row = 7", "different lengths"),
         ("UPDATE floats SET vector = x'0000'", "is not one of 16 float16 values"),
-        ("UPDATE documents SET metadata = '['", "metadata in it are no JSON|malformed JSON"),
+        ("UPDATE documents SET metadata = '['", "collection.sqlite is damaged: metadata in it are no JSON"),
     ],
 )
 def test_hostile_rows(index_folder, statement, message):

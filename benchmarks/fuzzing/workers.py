@@ -15,6 +15,8 @@ MEMORY_BYTES = 1 << 30  # that a process may reserve beyond what it began with
 GROWTH_BYTES = 256 << 20  # of its resident memory; the seeds are a few kilobytes
 HANG_SECONDS = 10
 CHUNK = 2_000  # inputs per process
+INPUT = "/the-input"  # the folder of the files; what is refused must be named
+UNCLEAR = ("UnicodeDecodeError", "UnicodeEncodeError", "JSONDecodeError")  # ValueErrors that are not meant for users
 
 
 @dataclass
@@ -118,6 +120,10 @@ def _work(try_input: Callable[[int], None], start: int, stop: int, shared: mmap.
         except (ValueError, OSError) as error:
             name = type(error).__name__
             outcome.refused[name] = outcome.refused.get(name, 0) + 1
+            if name in UNCLEAR:
+                outcome.found(f"{name}: {_place(error)}", number)
+            elif INPUT not in str(error):
+                outcome.found(f"the file is not named: {_place(error)}", number)
             if any(sign in str(error) for sign in ("MemoryError", "allocate memory", "bad_alloc")):
                 outcome.found(f"allocation: {_place(error)}", number)
         except BaseException as error:

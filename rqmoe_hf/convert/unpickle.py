@@ -125,8 +125,8 @@ def load_pickle(path: Path, inert: Set[tuple[str, str]] = frozenset()) -> Any:
     restricted = types.SimpleNamespace(Unpickler=Unpickler, load=load, __name__="restricted_pickle")
     try:
         return torch.load(path, map_location="cpu", pickle_module=restricted, weights_only=False)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, TypeError, AttributeError, ValueError,
-            ArithmeticError, MemoryError, AssertionError, struct.error, zipfile.BadZipFile,
+    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, LookupError, TypeError, AttributeError,
+            ValueError, ArithmeticError, MemoryError, AssertionError, struct.error, zipfile.BadZipFile,
             ImportError) as error:  # fmt: skip
         raise ValueError(f"{path} was refused or is damaged: {error}. Nothing in it was executed.") from error
 

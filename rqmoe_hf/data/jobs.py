@@ -145,7 +145,7 @@ def decompress_shards(
         ValueError: If the codes were made by other weights.
     """
     info = codes_info(source)
-    check_quantizer(info, model)
+    check_quantizer(info, model, source)
     dataset = load_table(source)
 
     def make(start: int, stop: int) -> pa.Table:
@@ -179,7 +179,8 @@ def _file_info(file: Path) -> dict:
     """What one parquet file says of its quantizer; its column of codes must agree."""
     try:
         schema = pq.read_schema(file)
-    except (pa.ArrowException, OSError) as error:
+        kind: Any = schema.field("codes").type if schema.names.count("codes") == 1 else pa.null()
+    except (pa.ArrowException, OSError, UnicodeError) as error:
         raise ValueError(
             f"{file} holds no codes of `rqmoe compress`: it is no parquet file, or damaged: {error}"
         ) from error
@@ -191,26 +192,25 @@ def _file_info(file: Path) -> dict:
         raise ValueError(f"{file} is damaged: its note on the quantizer is no JSON ({error}).") from error
     info = check_record(record, file)
     width = bytes_per_vector(info["num_codebooks"], info["codebook_size"])
-    kind: Any = schema.field("codes").type if schema.names.count("codes") == 1 else pa.null()
     if not pa.types.is_fixed_size_list(kind) or (kind.value_type, kind.list_size) != (pa.uint8(), width):
         raise ValueError(f"{file} is damaged: the column codes should hold {width} bytes each, it is {kind}.")
     return info
 
 
-def check_quantizer(info: dict, quantizer: RQMoEModel) -> None:
-    """Raises a ValueError if codes, of which `codes_info` says `info`, are not those of a quantizer."""
+def check_quantizer(info: dict, quantizer: RQMoEModel, origin: object) -> None:
+    """Raises a ValueError if codes at `origin`, of which `codes_info` says `info`, are not those of a quantizer."""
     weights = weights_checksum(quantizer)
     if info["weights"] != weights:
         at = f" at revision {info['revision']}" if info.get("revision") else ""
         raise ValueError(
-            f"These codes were made by {info['model']}{at} (weights {info['weights']}), not by "
+            f"{origin}: These codes were made by {info['model']}{at} (weights {info['weights']}), not by "
             f"{quantizer.name_or_path or 'this quantizer'} (weights {weights}): load that quantizer."
         )
     config = quantizer.config
     expected = (config.code_sizes, config.hidden_size)
     if (info["codebook_size"], info["hidden_size"]) != expected or info["num_codebooks"] > config.num_codebooks:
         raise ValueError(
-            f"These codes name the weights of the quantizer given, but other sizes than its {config.num_codebooks} "
+            f"{origin} names the weights of the quantizer given, but other sizes than its {config.num_codebooks} "
             f"codebooks of {config.code_sizes} codewords and {config.hidden_size} dimensions: their note is damaged."
         )
 

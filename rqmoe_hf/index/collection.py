@@ -97,7 +97,8 @@ class Collection:
             with self._database.reading():
                 rows = self._database.matching(filter, after, CHUNK).tolist()
                 found = self._database.documents_of(rows)
-            yield from in_order(found, rows)
+                listed = in_order(found, rows)
+            yield from listed
             if len(rows) < CHUNK:
                 return
             after = rows[-1]
@@ -115,10 +116,11 @@ class Collection:
         """
         with self._database.reading():
             rows = self._rows(ids, missing_ok=False)
-            codes = self._database.codes_of(rows)
-        if not rows:
+            codes = in_order(self._database.codes_of(rows), rows)
+            packed = codes_array(codes) if codes else None
+        if packed is None:
             return np.empty((0, self.quantizer.config.hidden_size), np.float32)
-        return self._ranker.restore(codes_array(in_order(codes, rows)))
+        return self._ranker.restore(packed)
 
     def _rows(self, ids: Iterable[Id], missing_ok: bool) -> list[int]:
         """Row numbers of ids, in their order."""

@@ -36,6 +36,10 @@ CHECKPOINT_MILLISECONDS = 200
 MAPPED_BYTES = 1 << 30
 
 
+class DamagedRowsError(ValueError):
+    """Rows are not what was written; the transaction around it adds the name of the file."""
+
+
 @dataclass
 class State:
     """What one transaction leaves to the next.
@@ -203,6 +207,8 @@ class Database:
                 raise
             finally:
                 self._inside -= 1
+        except DamagedRowsError as error:
+            raise ValueError(f"{self.file or 'The temporary database'} is damaged: {error}. {RESTORE}") from error
         except sqlite3.DatabaseError as error:
             raise ValueError(f"{self.file or 'The temporary database'} cannot be read or written: {error}.") from error
 
@@ -254,7 +260,7 @@ class Database:
                 for row, id, text, metadata in self._many(query, rows)
             }
         except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"{self.file} is damaged: metadata in it are no JSON ({error}). {RESTORE}") from error
+            raise DamagedRowsError(f"metadata in it are no JSON ({error})") from error
 
     def rows_of(self, rows: Sequence[int]) -> list[Row]:
         """All that is known of rows, in their order."""
@@ -276,6 +282,8 @@ class Database:
             found = self._connection.execute(query, [after, *values, limit])
             return np.fromiter((row for (row,) in found), np.int64)
         except sqlite3.OperationalError as error:
+            if "malformed JSON" in str(error):
+                raise DamagedRowsError("metadata in it are no JSON") from error
             raise ValueError(f"The filter is too large or too deep for SQLite: {error}.") from error
 
     def batches(self, after: int = 0, size: int = CHUNK) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -419,7 +427,7 @@ def in_order(found: dict[int, Any], rows: Iterable[int]) -> list[Any]:
     try:
         return [found[row] for row in rows]
     except KeyError as error:
-        raise ValueError(f"The database is damaged: its row {error} is missing or named wrongly. {RESTORE}") from error
+        raise DamagedRowsError(f"its row {error} is missing or named wrongly") from error
 
 
 def codes_array(codes: Sequence[bytes]) -> np.ndarray:
@@ -429,7 +437,7 @@ def codes_array(codes: Sequence[bytes]) -> np.ndarray:
         ValueError: If they are no bytes, or their lengths differ.
     """
     if not all(type(code) is bytes for code in codes) or len({len(code) for code in codes}) > 1:
-        raise ValueError(f"The database is damaged: its codes have different lengths, or are no bytes. {RESTORE}")
+        raise DamagedRowsError("its codes have different lengths, or are no bytes")
     return np.frombuffer(b"".join(codes), np.uint8).reshape(len(codes), -1)
 
 
@@ -440,5 +448,5 @@ def floats_array(floats: bytes, size: int) -> np.ndarray:
         ValueError: If it is none.
     """
     if type(floats) is not bytes or len(floats) != 2 * size:
-        raise ValueError(f"A vector in the database is not one of {size} float16 values: it is damaged. {RESTORE}")
+        raise DamagedRowsError(f"one of its vectors is not one of {size} float16 values")
     return np.frombuffer(floats, np.float16)

@@ -116,7 +116,7 @@ class RQMoEIndex(Collection):
             quantizer = load_quantizer(made_by["model"], revision=made_by["revision"])
         elif isinstance(quantizer, str):
             quantizer = load_quantizer(quantizer)
-        check_quantizer(made_by, quantizer)
+        check_quantizer(made_by, quantizer, place.path)
         while True:
             failure, before = None, manifest
             try:

@@ -7,7 +7,7 @@ import numpy as np
 
 from ..codes import bits_per_code, bytes_per_vector, sizes_of
 from ..modeling_rqmoe import RQMoEModel
-from .documents import Database, State, codes_array, floats_array
+from .documents import DamagedRowsError, Database, State, codes_array, floats_array
 from .scanning import FIT_ROWS, POINTS_PER_LIST, Scanner, exact_codewords, fit_scanner
 
 FLAT_UP_TO = 50_000  # codes
@@ -173,7 +173,7 @@ class Ranker:
             candidates = self._shortlist(queries, count, shortlist, nprobe, allowed, self.refresh(state))
         scores, rows = self._rank(queries, candidates, count, rescore)
         if (rows < 0).any():
-            raise ValueError(FOREIGN)
+            raise ValueError(f"{self.database.file}: {FOREIGN}")
         return scores, rows
 
     def _shortlist(
@@ -226,10 +226,13 @@ class Ranker:
         """What is known of rows, float32 `(n, hidden_size)`: their floats, reconstructions or sums of tables."""
         found = self.database.codes_of(rows)
         if len(found) < len(rows):
-            raise ValueError(FOREIGN)
+            raise ValueError(f"{self.database.file}: {FOREIGN}")
         codes = codes_array([found[row] for row in rows.tolist()])
         by_tables = source == "tables" or not self.quantizer.config.has_experts  # which are exact then, and quicker
-        vectors = self.scanner.sums(codes) if by_tables and self.scanner is not None else self.restore(codes)
+        try:
+            vectors = self.scanner.sums(codes) if by_tables and self.scanner is not None else self.restore(codes)
+        except ValueError as error:  # codes that no quantizer of these sizes makes
+            raise DamagedRowsError(str(error).rstrip(".")) from error
         if source == "floats":
             kept = self.database.floats_of(rows)
             for place, row in enumerate(rows.tolist()):

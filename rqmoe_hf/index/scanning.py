@@ -29,6 +29,7 @@ from ..additive import faiss_widths, mean_contributions
 from ..codes import bits_per_code, sizes_of, unpack_codes
 from ..least_squares import improve_codewords, starts_of
 from ..modeling_rqmoe import RQMoEModel
+from .documents import DamagedRowsError
 
 NORM_LEVELS = 256
 FIT_ROWS = 32_768
@@ -112,9 +113,7 @@ class Scanner:
         self.tables, self.metric, self.code_bytes = tables, metric, code_bytes
         self._bits = [len(table).bit_length() - 1 for table in tables.codewords]
         if code_bytes != -(-sum(self._bits) // 8):  # Faiss would read on behind each code
-            raise ValueError(
-                f"The database is damaged: its codes have {code_bytes} bytes, not {-(-sum(self._bits) // 8)}."
-            )
+            raise DamagedRowsError(f"its codes have {code_bytes} bytes, not {-(-sum(self._bits) // 8)}")
         self._codewords = np.concatenate(tables.codewords)
         tables.codewords = np.split(self._codewords, np.cumsum([1 << bits for bits in self._bits])[:-1])
         by_distance = metric == "l2"
@@ -189,7 +188,7 @@ class Scanner:
     def _extended(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The codes with that of their norm, and the list that each belongs to."""
         if codes.shape[1] != self.code_bytes:  # Faiss would read on behind them
-            raise ValueError(f"The database is damaged: its codes have {codes.shape[1]} bytes, not {self.code_bytes}.")
+            raise DamagedRowsError(f"its codes have {codes.shape[1]} bytes, not {self.code_bytes}")
         if self.lists == 1 and self.tables.norms is None:
             return codes, np.zeros(len(codes), np.int32)
         sums = self.sums(codes)
