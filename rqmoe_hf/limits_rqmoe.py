@@ -147,8 +147,8 @@ def check_finite(weights: dict[str, torch.Tensor], origin: str) -> None:
     broken = [name for name, tensor in held.items() if not (tensor.abs() < LARGEST_WEIGHT).all()]  # NaN fails it, too
     if broken:
         raise ValueError(
-            f"The weights of {origin} hold NaN, infinity or numbers above {LARGEST_WEIGHT:g}: {', '.join(broken[:5])}. "
-            "Save them again."
+            f"The weights of {origin} hold NaN, infinity or numbers above {LARGEST_WEIGHT:g}: "
+            f"{', '.join(broken[:5])}. Save them again."
         )
 
 
