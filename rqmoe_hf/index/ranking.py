@@ -100,7 +100,10 @@ class Ranker:
     def rebuild(self, state: State) -> Scanner:
         """A scanner with tables and lists fitted to what is there now."""
         sample, lists = self._sample(state.count), self._lists(state.count)
-        scanner = fit_scanner(self.quantizer, sample, self.steps, self.scanned, lists)
+        try:
+            scanner = fit_scanner(self.quantizer, sample, self.steps, self.scanned, lists)
+        except ValueError as error:
+            raise DamagedRowsError(str(error).rstrip(".")) from error
         removal = self.database.removed(self.progress.removal)[1]
         last = self._scan_from(scanner, 0)
         self.scanner = scanner
