@@ -1,12 +1,38 @@
 """Configuration of RQ-MoE quantizers."""
 
 # No `from __future__ import annotations` here: it would turn the annotations into strings, which @strict cannot check.
-from typing import Literal
+import os
+from functools import wraps
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from transformers import PreTrainedConfig
 
+from .limits_rqmoe import check_common, check_entries, check_sizes
 
+
+class RQMoEConfigError(StrictDataclassError, ValueError):
+    """A configuration that makes no quantizer, or one beyond all measure."""
+
+
+def _refuses_by_value_error(cls: type) -> type:
+    """Lets a config that cannot be built say so as a ValueError, whatever `transformers` and `strict` raise."""
+    build = cls.__init__  # type: ignore[misc]
+
+    @wraps(build)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_common(kwargs)
+        try:
+            build(self, *args, **kwargs)
+        except (StrictDataclassError, AttributeError, TypeError, KeyError) as error:
+            raise RQMoEConfigError(f"These settings make no quantizer: {error}") from error
+
+    cls.__init__ = __init__  # type: ignore[misc]
+    return cls
+
+
+@_refuses_by_value_error
 @strict
 class RQMoEConfig(PreTrainedConfig):
     """Describes one member of the residual quantization family (RQ-MoE, arXiv 2605.14359).
@@ -75,6 +101,33 @@ class RQMoEConfig(PreTrainedConfig):
         settings = {"num_experts": 1, "gate": "none", "conditioning": "reconstruction", "residual": False}
         return cls(**{**settings, **kwargs})
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Loads a config.json; see `PreTrainedConfig.from_pretrained`.
+
+        Raises:
+            ValueError: If it is none of a quantizer, or asks for more than any quantizer needs.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except (AttributeError, TypeError, KeyError, RecursionError, ValueError) as error:
+            if isinstance(error, HFValidationError):  # of the name, not of the file
+                raise
+            raise RQMoEConfigError(
+                f"The config.json of {os.fspath(pretrained_model_name_or_path)} is damaged or describes no quantizer: "
+                f"{error}"
+            ) from error
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """Makes a config of the content of a config.json; see `PreTrainedConfig.from_dict`.
+
+        Raises:
+            ValueError: As [`from_pretrained`].
+        """
+        check_entries(config_dict, cls)
+        return super().from_dict(config_dict, **kwargs)
+
     def validate_architecture(self):
         """Checks the values that a type cannot express."""
         at_least_one = ("hidden_size", "num_codebooks", "num_expert_layers", "intermediate_size")
@@ -106,6 +159,7 @@ class RQMoEConfig(PreTrainedConfig):
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}.")
+        check_sizes(self)
 
     @property
     def condition_size(self) -> int:

@@ -6,6 +6,7 @@ H intermediate_size, c condition_size (the paper's D_e), n vectors, S steps with
 
 import os
 import re
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +26,11 @@ from .configuration_rqmoe import RQMoEConfig
 from .decoding_rqmoe import decode_codes
 from .encoding_rqmoe import Tables, build_tables, encode_vectors
 from .experts_rqmoe import RQMoEExperts
+from .limits_rqmoe import check_finite, check_weight_files
 from .local_search_rqmoe import refine_codes
 
 _HUB_ARGUMENTS = ("repo_id", "commit_message", "private", "revision", "create_pr")  # of save_pretrained
+_BUILDING = threading.Lock()  # of all models: one in each could not be copied or pickled
 PROGRESS_BAR_FROM = 100_000  # vectors; below this, compress and decompress are silent unless asked
 
 
@@ -101,6 +104,7 @@ class RQMoEPreTrainedModel(PreTrainedModel):
                 f"The weights of {pretrained_model_name_or_path} do not belong to its config.json: "
                 + "; ".join(f"{kind.replace('_', ' ')}: {', '.join(keys[:5])}" for kind, keys in wrong.items())
             )
+        check_finite(model.state_dict(), str(pretrained_model_name_or_path))
         if not os.path.isdir(pretrained_model_name_or_path):
             config = os.path.join(kwargs.get("subfolder", ""), "config.json")
             revision, cache = kwargs.get("revision") or "main", kwargs.get("cache_dir")
@@ -108,6 +112,15 @@ class RQMoEPreTrainedModel(PreTrainedModel):
             found = re.search(r"snapshots[/\\](\w+)", cached) if isinstance(cached, str) else None
             model.commit_hash = None if found is None else found[1]
         return (model, loading) if output_loading_info else model
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        """Looks at the headers first: transformers would allocate, and fill at random, whatever the files lack."""
+        if checkpoint_files is not None:
+            check_weight_files(checkpoint_files, model.state_dict(), model.config.name_or_path)
+        return PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -145,6 +158,9 @@ class RQMoEModel(RQMoEPreTrainedModel):
 
     A new model knows nothing about data; `rqmoe_hf.training.initialize` or `rqmoe train` give it its mean, its scale
     and its codebooks, and until then it refuses to work.
+
+    Threads may share a model for `encode`, `decode`, `compress` and `decompress`, as long as none of them trains it,
+    moves it, or changes its weights.
     """
 
     def __init__(self, config: RQMoEConfig):
@@ -385,10 +401,14 @@ class RQMoEModel(RQMoEPreTrainedModel):
         `forward` and `train` clear them besides, since fused optimizers leave no trace on the weights' versions.
         """
         key = tuple((weight.data_ptr(), weight._version) for weight in self.parameters())
-        if dtype not in self._tables or self._tables[dtype][0] != key:
-            weights = (self.codebooks, self.instructions, self.experts)
-            self._tables[dtype] = (key, build_tables(*weights, dtype, self.config.codebook_sizes))
-        return self._tables[dtype][1]
+        kept = self._tables.get(dtype)
+        if kept is None or kept[0] != key:
+            with _BUILDING:  # threads that come at once wait for the first one's tables
+                kept = self._tables.get(dtype)
+                if kept is None or kept[0] != key:
+                    weights = (self.codebooks, self.instructions, self.experts)
+                    kept = self._tables[dtype] = (key, build_tables(*weights, dtype, self.config.codebook_sizes))
+        return kept[1]
 
     def _packed_steps(self, codes: np.ndarray, num_codebooks: int | None) -> int:
         """How many codes per vector the packed `codes` hold."""

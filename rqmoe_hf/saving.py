@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .limits_rqmoe import LARGEST
 from .modeling_rqmoe import RQMoEModel
 
 
@@ -73,3 +74,39 @@ def maker_record(model: RQMoEModel, num_codebooks: int) -> dict[str, Any]:
         "codebook_size": model.config.code_sizes,
         "hidden_size": model.config.hidden_size,
     }
+
+
+def check_record(record: Any, origin: object) -> dict[str, Any]:
+    """What [`maker_record`] wrote, if that is what it is.
+
+    Args:
+        record: What was read from a file of a stranger.
+        origin: The file, for messages.
+
+    Raises:
+        ValueError: If an entry is missing, of another type, or larger than that of any quantizer.
+    """
+    kinds: dict[str, Any] = {"model": (str, type(None)), "revision": (str, type(None)), "weights": str,
+             "num_codebooks": int, "codebook_size": (int, list), "hidden_size": int}  # fmt: skip
+    if not isinstance(record, dict):
+        raise ValueError(f"{origin} does not say which quantizer made its codes: it says {str(record)[:100]}.")
+    for name, kind in kinds.items():
+        value = record.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"The record of the quantizer in {origin} is damaged: {name} is {str(value)[:100]}.")
+    sizes = record["codebook_size"]
+    counts = {"num_codebooks": [record["num_codebooks"]], "hidden_size": [record["hidden_size"]]}
+    counts["codebook_size"] = sizes if isinstance(sizes, list) else [sizes]
+    for name, values in counts.items():
+        least, largest = (2, 65_536) if name == "codebook_size" else (1, LARGEST[name])
+        if not all(type(value) is int and least <= value <= largest for value in values):
+            raise ValueError(
+                f"The record of the quantizer in {origin} is damaged: {name} must lie between {least} and "
+                f"{largest:,}, got {str(record[name])[:100]}."
+            )
+    if isinstance(sizes, list) and len(sizes) < record["num_codebooks"]:
+        raise ValueError(
+            f"The record of the quantizer in {origin} is damaged: it names {len(sizes)} codebook sizes for "
+            f"{record['num_codebooks']} codes."
+        )
+    return record

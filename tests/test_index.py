@@ -355,7 +355,7 @@ def test_bad_settings(additive, tmp_path):
     for settings, message in [
         ({"metric": "dot"}, "metric must be one of cosine"),
         ({"kind": "hnsw"}, "kind must be one of auto"),
-        ({"num_lists": 0}, "num_lists must be at least 1"),
+        ({"num_lists": 0}, "num_lists must lie between 1"),
         ({"num_codebooks": 9}, "num_codebooks must lie between 1 and 4"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -1,5 +1,8 @@
 """Faiss quantizers as additive members of the family."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,10 @@ import torch
 
 from ..configuration_rqmoe import RQMoEConfig
 from ..modeling_rqmoe import RQMoEModel
-from .state import fill
+from .faiss_header import check_header
+from .state import fill, naming
+
+_READING = threading.Lock()  # Faiss's limit holds for the whole process
 
 
 def convert_faiss(source: "str | Path | faiss.Index") -> RQMoEModel:
@@ -28,7 +34,15 @@ def convert_faiss(source: "str | Path | faiss.Index") -> RQMoEModel:
     Raises:
         ValueError: If the file is damaged or the quantizer is of another kind or untrained.
     """
-    index = source if isinstance(source, (faiss.Index, faiss.ProductQuantizer)) else _read(Path(source))
+    if isinstance(source, (faiss.Index, faiss.ProductQuantizer)):
+        return _convert(source)
+    path = Path(source)
+    with naming(path):
+        return _convert(_read(path))
+
+
+def _convert(index: Any) -> RQMoEModel:
+    """The model of an index in memory."""
     rotation, mean = None, None
     if isinstance(index, faiss.IndexPreTransform):
         rotation, mean = _rotation(index)
@@ -56,13 +70,33 @@ def convert_faiss(source: "str | Path | faiss.Index") -> RQMoEModel:
 def _read(path: Path) -> "faiss.Index | faiss.ProductQuantizer":
     if not path.is_file():
         raise ValueError(f"There is no file {path}.")
+    try:
+        check_header(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is no Faiss index and no ProductQuantizer, or is damaged: {error}.") from error
     errors = []
-    for reader in (faiss.read_index, faiss.read_ProductQuantizer):  # type: ignore[attr-defined]
-        try:
-            return reader(str(path))
-        except RuntimeError as error:
-            errors.append(str(error).splitlines()[0])
+    with _no_vector_above(path.stat().st_size):
+        for reader in (faiss.read_index, faiss.read_ProductQuantizer):  # type: ignore[attr-defined]
+            try:
+                return reader(str(path))
+            except (RuntimeError, MemoryError) as error:
+                errors.append(str(error).splitlines()[0] if str(error) else type(error).__name__)
     raise ValueError(f"{path} is no Faiss index and no ProductQuantizer, or is damaged: {errors[0]}")
+
+
+@contextmanager
+def _no_vector_above(size: int) -> Iterator[None]:
+    """Lets Faiss refuse what claims to be longer than the file, before it allocates that; older ones cannot."""
+    if not hasattr(faiss, "set_deserialization_vector_byte_limit"):
+        yield
+        return
+    with _READING:
+        before = faiss.get_deserialization_vector_byte_limit()
+        faiss.set_deserialization_vector_byte_limit(max(size, 1))
+        try:
+            yield
+        finally:
+            faiss.set_deserialization_vector_byte_limit(before)
 
 
 def _rotation(index: Any) -> tuple[np.ndarray, torch.Tensor | None]:

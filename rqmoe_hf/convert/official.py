@@ -1,12 +1,13 @@
 """The RQ-MoE authors' `model.pt` and `checkpoint.pt`."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..configuration_rqmoe import RQMoEConfig
 from ..modeling_rqmoe import RQMoEModel
-from .state import StateReader, fill
+from .state import StateReader, fill, naming
 from .unpickle import load_pickle
 
 SCHEDULERS = {("utils", "Scheduler"), ("__main__", "Scheduler")}  # checkpoint.pt pickles one beside the weights
@@ -26,6 +27,11 @@ def convert_official(path: str | Path, scale: float) -> RQMoEModel:
         ValueError: If the file is damaged, hostile or of another format.
     """
     content = load_pickle(Path(path), SCHEDULERS)
+    with naming(path):
+        return _convert(content, path, scale)
+
+
+def _convert(content: Any, path: str | Path, scale: float) -> RQMoEModel:
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise ValueError(f"{path} is no file of the official RQ-MoE code: it has no 'state_dict'.")
     reader = StateReader(content["state_dict"], str(path))

@@ -6,7 +6,7 @@ import torch
 
 from ..configuration_rqmoe import RQMoEConfig
 from ..modeling_rqmoe import RQMoEModel
-from .state import StateReader, fill
+from .state import StateReader, fill, naming
 from .unpickle import Inert, load_pickle, module_tensors
 
 CLASSES = {("model_qinco", name) for name in ("QINCo", "QINCoStep", "IVFQINCo", "QINCoLR", "PQ_QINCo")}
@@ -27,10 +27,11 @@ def convert_qinco(path: str | Path) -> RQMoEModel:
         ValueError: If the file is damaged, hostile, or holds a variant outside the family (IVF, LR, PQ, QINCo2).
     """
     content = load_pickle(Path(path), CLASSES)
-    if isinstance(content, Inert):
-        return _convert_module(content, str(path))
-    if isinstance(content, dict) and "model" in content and "parameters" in content:
-        return _convert_dictionary(content, str(path))
+    with naming(path):
+        if isinstance(content, Inert):
+            return _convert_module(content, str(path))
+        if isinstance(content, dict) and "model" in content and "parameters" in content:
+            return _convert_dictionary(content, str(path))
     raise ValueError(f"{path} holds neither a QINCo module nor a dictionary with 'model' and 'parameters'.")
 
 

@@ -1,9 +1,31 @@
 """Shared steps of the converters: take tensors out of a state dict, fill a model, complain clearly."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import torch
 
 from ..configuration_rqmoe import RQMoEConfig
 from ..modeling_rqmoe import RQMoEModel
+
+
+@contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """Lets what goes wrong in a conversion come to light as a ValueError that names the file.
+
+    What a file of a stranger holds may be of any shape and type, and the converters look at it as if it were right.
+    """
+    try:
+        yield
+    except (RuntimeError, LookupError, AttributeError, TypeError, ArithmeticError, MemoryError) as error:
+        raise ValueError(
+            f"{path} is damaged or of another format: {type(error).__name__}: {error}. Nothing was converted."
+        ) from error
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path} cannot be converted: {error}") from error
 
 
 class StateReader:
@@ -11,6 +33,8 @@ class StateReader:
 
     def __init__(self, tensors: dict[str, torch.Tensor], origin: str):
         self.origin = origin
+        if not all(isinstance(name, str) for name in tensors):
+            raise ValueError(f"{origin} is damaged: the names of its tensors are no strings.")
         self.tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
         self.unused = set(self.tensors)
 
@@ -54,6 +78,9 @@ def fill(config: RQMoEConfig, tensors: dict[str, torch.Tensor], mean: torch.Tens
     """
     if not scale > 0 or scale == float("inf"):
         raise ValueError(f"scale must be a positive number, got {scale}.")
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken or (mean is not None and not torch.isfinite(mean).all()):
+        raise ValueError(f"The tensors hold NaN or infinity: {', '.join(broken) or 'mean'}.")
     model = RQMoEModel(config)
     state = {**tensors, "scale": torch.tensor(float(scale)), "mean": model.mean if mean is None else mean}
     try:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,8 +12,9 @@ import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
 
+from ..codes import bytes_per_vector
 from ..modeling_rqmoe import RQMoEModel
-from ..saving import maker_record, weights_checksum
+from ..saving import check_record, maker_record, weights_checksum
 from .shards import column_array, fixed_size_column, write_shards
 from .sources import as_array, load_embeddings, load_table
 
@@ -143,7 +145,7 @@ def decompress_shards(
         ValueError: If the codes were made by other weights.
     """
     info = codes_info(source)
-    check_quantizer(info, model)
+    check_quantizer(info, model, source)
     dataset = load_table(source)
 
     def make(start: int, stop: int) -> pa.Table:
@@ -157,26 +159,59 @@ def decompress_shards(
 
 
 def codes_info(source: str | os.PathLike) -> dict:
-    """Which quantizer made the codes of a file or folder: model, revision, weights, num_codebooks, codebook_size."""
+    """Which quantizer made the codes of a file or folder: model, revision, weights, num_codebooks, codebook_size.
+
+    Raises:
+        ValueError: If there are no codes, or what they say of their quantizer is damaged.
+    """
     path = Path(source)
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    try:
-        metadata = pq.read_schema(files[0]).metadata if files and files[0].is_file() else None
-    except pa.ArrowInvalid:  # no parquet file
-        metadata = None
-    if not metadata or CODES_METADATA not in metadata:
+    files = [file for file in (sorted(path.glob("*.parquet")) if path.is_dir() else [path]) if file.is_file()]
+    found = [_file_info(file) for file in files]
+    if not found:
         raise ValueError(f"{source} holds no codes of `rqmoe compress`: a parquet file or folder of it is expected.")
-    return json.loads(metadata[CODES_METADATA])
+    for file, info in zip(files, found, strict=True):
+        if info["weights"] != found[0]["weights"] or info["num_codebooks"] != found[0]["num_codebooks"]:
+            raise ValueError(f"{file} holds codes of another quantizer or rate than {files[0]}: keep them apart.")
+    return found[0]
 
 
-def check_quantizer(info: dict, quantizer: RQMoEModel) -> None:
-    """Raises a ValueError if codes, of which `codes_info` says `info`, are not those of a quantizer."""
+def _file_info(file: Path) -> dict:
+    """What one parquet file says of its quantizer; its column of codes must agree."""
+    try:
+        schema = pq.read_schema(file)
+        kind: Any = schema.field("codes").type if schema.names.count("codes") == 1 else pa.null()
+    except (pa.ArrowException, OSError, UnicodeError) as error:
+        raise ValueError(
+            f"{file} holds no codes of `rqmoe compress`: it is no parquet file, or damaged: {error}"
+        ) from error
+    if CODES_METADATA not in (schema.metadata or {}):
+        raise ValueError(f"{file} holds no codes of `rqmoe compress`: it does not say which quantizer made them.")
+    try:
+        record = json.loads(schema.metadata[CODES_METADATA])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged: its note on the quantizer is no JSON ({error}).") from error
+    info = check_record(record, file)
+    width = bytes_per_vector(info["num_codebooks"], info["codebook_size"])
+    if not pa.types.is_fixed_size_list(kind) or (kind.value_type, kind.list_size) != (pa.uint8(), width):
+        raise ValueError(f"{file} is damaged: the column codes should hold {width} bytes each, it is {kind}.")
+    return info
+
+
+def check_quantizer(info: dict, quantizer: RQMoEModel, origin: object) -> None:
+    """Raises a ValueError if codes at `origin`, of which `codes_info` says `info`, are not those of a quantizer."""
     weights = weights_checksum(quantizer)
     if info["weights"] != weights:
         at = f" at revision {info['revision']}" if info.get("revision") else ""
         raise ValueError(
-            f"These codes were made by {info['model']}{at} (weights {info['weights']}), not by "
+            f"{origin}: These codes were made by {info['model']}{at} (weights {info['weights']}), not by "
             f"{quantizer.name_or_path or 'this quantizer'} (weights {weights}): load that quantizer."
+        )
+    config = quantizer.config
+    expected = (config.code_sizes, config.hidden_size)
+    if (info["codebook_size"], info["hidden_size"]) != expected or info["num_codebooks"] > config.num_codebooks:
+        raise ValueError(
+            f"{origin} names the weights of the quantizer given, but other sizes than its {config.num_codebooks} "
+            f"codebooks of {config.code_sizes} codewords and {config.hidden_size} dimensions: their note is damaged."
         )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 from faiss.contrib.vecs_io import bvecs_mmap, fvecs_mmap
 
 FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json", ".csv": "csv"}
@@ -30,15 +31,24 @@ def load_table(source: str | os.PathLike, split: str = "train", streaming: bool 
         files = sorted(str(file) for file in path.glob("*.parquet"))
         if not files:
             raise ValueError(f"No parquet files in the folder {path}.")
-        return load_dataset("parquet", data_files=files, split="train", streaming=streaming)
+        return _built("parquet", files, streaming)
     if path.is_file():
         builder = "text" if path.suffix == ".txt" else FILE_BUILDERS.get(path.suffix)
         if builder is None:
             raise ValueError(f"Cannot read {path}: expected one of .txt, {', '.join(FILE_BUILDERS)} or a folder.")
-        return load_dataset(builder, data_files=str(path), split="train", streaming=streaming)
+        return _built(builder, str(path), streaming)
     if path.suffix in (*FILE_BUILDERS, ".txt", ".npy", ".fvecs", ".bvecs") or str(source).count("/") > 1:
         raise ValueError(f"There is no file or folder {source}.")
     return load_dataset(str(source), split=split, streaming=streaming)
+
+
+def _built(builder: str, files: str | list[str], streaming: bool) -> Dataset | IterableDataset:
+    """A table of local files, whose damage comes to light as a ValueError that names them."""
+    try:
+        return load_dataset(builder, data_files=files, split="train", streaming=streaming)
+    except (DatasetGenerationError, pa.ArrowException, OSError, UnicodeError) as error:
+        reason = error.__cause__ or error
+        raise ValueError(f"{files if isinstance(files, str) else files[0]} cannot be read: {reason}") from error
 
 
 def load_embeddings(

@@ -127,7 +127,7 @@ def load_codes(
             raise ValueError(f"Give one of the configurations of {source}, which are {names}; got {config_name!r}.")
         folder = folder / (config_name or found[0])
     info = codes_info(folder)
-    check_quantizer(info, quantizer)
+    check_quantizer(info, quantizer, folder)
     dataset: Any = load_table(folder)
     return dataset.with_format("numpy", columns=["codes"], dtype=np.uint8, output_all_columns=True)
 
@@ -138,7 +138,7 @@ def _table(
     """The codes and ids as one Arrow table, and what is recorded of their quantizer."""
     if isinstance(codes, (str, os.PathLike)):
         found = codes_info(codes)
-        check_quantizer(found, quantizer)
+        check_quantizer(found, quantizer, codes)
         steps = found["num_codebooks"]
         table = load_table(codes).with_format("arrow")[:]  # type: ignore[index]
         table = table.select([name for name in ("id", "codes") if name in table.column_names])

@@ -12,7 +12,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from ..modeling_rqmoe import RQMoEModel
-from .documents import CHUNK, Database, Document, Id, State, codes_array
+from .documents import CHUNK, Database, Document, Id, State, codes_array, in_order
 from .filters import Filter
 from .inputs import as_ids, check_lengths, ids_array
 from .intake import Batch, Encoder, Intake
@@ -106,7 +106,7 @@ class Collection:
         with self._database.reading():
             rows = self._rows(ids, missing_ok)
             found = self._database.documents_of(rows)
-            return [found[row] for row in rows]
+            return in_order(found, rows)
 
     def documents(self, filter: Filter | None = None) -> Iterator[Document]:
         """All documents that a filter holds for, in the order in which they were added or last updated.
@@ -118,7 +118,8 @@ class Collection:
             with self._database.reading():
                 rows = self._database.matching(filter, after, CHUNK).tolist()
                 found = self._database.documents_of(rows)
-            yield from (found[row] for row in rows)
+                listed = in_order(found, rows)
+            yield from listed
             if len(rows) < CHUNK:
                 return
             after = rows[-1]
@@ -136,10 +137,11 @@ class Collection:
         """
         with self._database.reading():
             rows = self._rows(ids, missing_ok=False)
-            codes = self._database.codes_of(rows)
-        if not rows:
+            codes = in_order(self._database.codes_of(rows), rows)
+            packed = codes_array(codes) if codes else None
+        if packed is None:
             return np.empty((0, self.quantizer.config.hidden_size), np.float32)
-        return self._ranker.restore(codes_array([codes[row] for row in rows]))
+        return self._ranker.restore(packed)
 
     def _rows(self, ids: Iterable[Id], missing_ok: bool) -> list[int]:
         """Row numbers of ids, in their order."""

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,6 +34,10 @@ BOUND = 10_000  # values in one statement
 BUSY_SECONDS = 30
 CHECKPOINT_MILLISECONDS = 200
 MAPPED_BYTES = 1 << 30
+
+
+class DamagedRowsError(ValueError):
+    """Rows are not what was written; the transaction around it adds the name of the file."""
 
 
 @dataclass
@@ -59,6 +64,18 @@ class State:
     def checksum(self) -> int:
         """CRC-32 over all of it."""
         return zlib.crc32(repr(self).encode())
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether the numbers are such as this package writes."""
+        numbers = (self.version, self.count, self.next_row, self.next_id, self.forgotten)
+        if not all(type(number) is int and number >= 0 for number in numbers) or self.count >= self.next_row:
+            return False
+        try:
+            sources = json.loads(self.sources)
+        except (TypeError, ValueError, RecursionError):
+            return False
+        return isinstance(sources, dict) and all(type(rows) is int and rows >= 0 for rows in sources.values())
 
 
 @dataclass
@@ -190,6 +207,8 @@ class Database:
                 raise
             finally:
                 self._inside -= 1
+        except DamagedRowsError as error:
+            raise ValueError(f"{self.file or 'The temporary database'} is damaged: {error}. {RESTORE}") from error
         except sqlite3.DatabaseError as error:
             raise ValueError(f"{self.file or 'The temporary database'} cannot be read or written: {error}.") from error
 
@@ -206,7 +225,10 @@ class Database:
         checksum = values.pop("checksum", None)
         if set(values) != {field.name for field in fields(State)} or State(**values).checksum != checksum:
             raise ValueError(f"{self.file} is damaged: the checksum of its state does not fit. {RESTORE}")
-        return State(**values)
+        state = State(**values)
+        if not state.is_possible:  # the checksum fits, but this package never wrote that
+            raise ValueError(f"{self.file} is damaged: its state is {str(values)[:200]}. {RESTORE}")
+        return state
 
     # --- rows ----------------------------------------------------------------------------------------------------
 
@@ -232,10 +254,13 @@ class Database:
         query = (
             "SELECT row, id, text, metadata FROM vectors LEFT JOIN documents USING (row) WHERE row IN ({})"
         )
-        return {
-            row: Document(id, text, json.loads(metadata) if metadata else {})
-            for row, id, text, metadata in self._many(query, rows)
-        }
+        try:
+            return {
+                row: Document(id, text, json.loads(metadata) if metadata else {})
+                for row, id, text, metadata in self._many(query, rows)
+            }
+        except (ValueError, TypeError, RecursionError) as error:
+            raise DamagedRowsError(f"metadata in it are no JSON ({error})") from error
 
     def rows_of(self, rows: Sequence[int]) -> list[Row]:
         """All that is known of rows, in their order."""
@@ -243,8 +268,7 @@ class Database:
             "SELECT row, id, code, text, metadata, vector FROM vectors LEFT JOIN documents USING (row) "
             "LEFT JOIN floats USING (row) WHERE row IN ({})"
         )
-        found = {row: Row(*values) for row, *values in self._many(query, rows)}
-        return [found[row] for row in rows]
+        return in_order({row: Row(*values) for row, *values in self._many(query, rows)}, rows)
 
     def matching(self, filter: Filter | None, after: int = 0, limit: int = -1) -> np.ndarray:
         """Row numbers of the documents that a filter holds for, int64, ascending."""
@@ -258,6 +282,8 @@ class Database:
             found = self._connection.execute(query, [after, *values, limit])
             return np.fromiter((row for (row,) in found), np.int64)
         except sqlite3.OperationalError as error:
+            if "malformed JSON" in str(error):
+                raise DamagedRowsError("metadata in it are no JSON") from error
             raise ValueError(f"The filter is too large or too deep for SQLite: {error}.") from error
 
     def batches(self, after: int = 0, size: int = CHUNK) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -318,7 +344,7 @@ class Database:
             "SELECT vectors.checksum, vectors.row, id, code, text, metadata, vector FROM vectors LEFT JOIN documents "
             "USING (row) LEFT JOIN floats USING (row) ORDER BY row"
         )
-        bad = [id for checksum, _, id, *values in run(query) if Row(id, *values).checksum != checksum]
+        bad = [id for checksum, _, id, *values in run(query) if not _is_intact(Row(id, *values), checksum)]
         if bad:
             shown = ", ".join(map(repr, bad[:5]))
             found.append(f"the checksums of {len(bad)} entries do not fit, with ids {shown}")
@@ -379,17 +405,48 @@ class Database:
             yield from self._connection.execute(query.format(",".join("?" * len(part))), part)
 
 
+def _is_intact(row: Row, checksum: object) -> bool:
+    """Whether a row is what was written; one with values of other types is not."""
+    try:
+        return row.checksum == checksum
+    except (TypeError, AttributeError):
+        return False
+
+
 def _casefold(value: object) -> str | None:
     """A string whose case does not matter, for filters: SQLite's own `lower` knows ASCII only."""
     return value.casefold() if isinstance(value, str) else None
+
+
+def in_order(found: dict[int, Any], rows: Iterable[int]) -> list[Any]:
+    """What was found of rows, in their order.
+
+    Raises:
+        ValueError: If there is nothing of one of them, although another table or an index names it.
+    """
+    try:
+        return [found[row] for row in rows]
+    except KeyError as error:
+        raise DamagedRowsError(f"its row {error} is missing or named wrongly") from error
 
 
 def codes_array(codes: Sequence[bytes]) -> np.ndarray:
     """Packed codes as uint8 `(n, bytes)`.
 
     Raises:
-        ValueError: If their lengths differ.
+        ValueError: If they are no bytes, or their lengths differ.
     """
-    if len({len(code) for code in codes}) > 1:
-        raise ValueError("The codes in the database have different lengths: it is damaged.")
+    if not all(type(code) is bytes for code in codes) or len({len(code) for code in codes}) > 1:
+        raise DamagedRowsError("its codes have different lengths, or are no bytes")
     return np.frombuffer(b"".join(codes), np.uint8).reshape(len(codes), -1)
+
+
+def floats_array(floats: bytes, size: int) -> np.ndarray:
+    """A kept vector, float16 `(size,)`.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if type(floats) is not bytes or len(floats) != 2 * size:
+        raise DamagedRowsError(f"one of its vectors is not one of {size} float16 values")
+    return np.frombuffer(floats, np.float16)

@@ -12,7 +12,7 @@ from ..bundled import load_quantizer
 from ..data.jobs import check_quantizer
 from ..modeling_rqmoe import RQMoEModel
 from .collection import Collection
-from .documents import Database, Id
+from .documents import Database, Id, in_order
 from .filters import Filter
 from .inputs import ids_array
 from .intake import Encoder
@@ -30,7 +30,8 @@ class RQMoEIndex(Collection):
     With a folder every change is on disk when the call returns, whole or not at all, and the folder is the collection:
     [`load`] opens it again. Without one the index ends with the process, unless it is saved to a folder. One index at
     a time may write to a folder; others read it meanwhile and see what was committed. Methods may be called from any
-    thread, but not from a forked process, which has to load the folder for itself.
+    thread, and take turns; the quantizer must not be changed meanwhile. A forked process has to load the folder for
+    itself.
 
     Args:
         quantizer: The quantizer, or its bundled name, folder or Hub id.
@@ -115,7 +116,7 @@ class RQMoEIndex(Collection):
             quantizer = load_quantizer(made_by["model"], revision=made_by["revision"])
         elif isinstance(quantizer, str):
             quantizer = load_quantizer(quantizer)
-        check_quantizer(made_by, quantizer)
+        check_quantizer(made_by, quantizer, place.path)
         while True:
             failure, before = None, manifest
             try:
@@ -178,7 +179,7 @@ class RQMoEIndex(Collection):
             wanted = shortlist or max(SHORTLIST, 10 * top_k)
             scores, rows = self._ranker.search(vectors, top_k, wanted, rescore, nprobe, allowed, state)
             names = self._database.ids_of(np.unique(rows))
-        found = ids_array([names[row] for row in rows.flatten().tolist()]).reshape(rows.shape)
+        found = ids_array(in_order(names, rows.flatten().tolist())).reshape(rows.shape)
         return (scores[0], found[0]) if single else (scores, found)
 
     def _allowed(self, filter: Filter | None, ids: Iterable[Id] | None) -> np.ndarray | None:

@@ -1,5 +1,6 @@
 """What comes into an index: texts by whatever encoder the user has, embeddings and codes by the quantizer."""
 
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -27,7 +28,7 @@ Encoder = str | EncodesTexts
 
 
 class TextEncoder:
-    """An encoder that is loaded when it is first needed.
+    """An encoder that is loaded when it is first needed, and asked by one thread at a time.
 
     Args:
         encoder: Name of a sentence-transformers model, or an encoder; None if there is none.
@@ -35,14 +36,17 @@ class TextEncoder:
 
     def __init__(self, encoder: Encoder | None):
         self.encoder = encoder
+        self._asking = threading.Lock()  # tokenizers refuse to be used by two threads at once
 
     def queries(self, texts: Sequence[str]) -> np.ndarray:
         """Embeds queries, float32 `(n, d)`."""
-        return np.asarray(self._loaded().encode_query(list(texts)), np.float32)
+        with self._asking:
+            return np.asarray(self._loaded().encode_query(list(texts)), np.float32)
 
     def documents(self, texts: Sequence[str]) -> np.ndarray:
         """Embeds documents, float32 `(n, d)`."""
-        return np.asarray(self._loaded().encode_document(list(texts)), np.float32)
+        with self._asking:
+            return np.asarray(self._loaded().encode_document(list(texts)), np.float32)
 
     def _loaded(self) -> EncodesTexts:
         if self.encoder is None:

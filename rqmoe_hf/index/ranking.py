@@ -1,13 +1,13 @@
 """The stages of a search: tables choose a shortlist, and what is known better ranks it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
 from ..codes import bits_per_code, bytes_per_vector, sizes_of
 from ..modeling_rqmoe import RQMoEModel
-from .documents import Database, State, codes_array
+from .documents import DamagedRowsError, Database, State, codes_array, floats_array
 from .scanning import FIT_ROWS, POINTS_PER_LIST, Scanner, exact_codewords, fit_scanner
 
 FLAT_UP_TO = 50_000  # codes
@@ -90,14 +90,20 @@ class Ranker:
         sizes = sizes_of(self.steps, self.quantizer.config.code_sizes)
         bits, width = [bits_per_code(size) for size in sizes], bytes_per_vector(self.steps, sizes)
         known = None if self.quantizer.config.has_experts else exact_codewords(self.quantizer, self.steps)
-        self.scanner, notes = Scanner.load(file, known, bits, width, self.scanned)
-        self.progress = Progress(**notes)
+        scanner, notes = Scanner.load(file, known, bits, width, self.scanned)
+        expected = {field.name for field in fields(Progress)}
+        if scanner.size != self.quantizer.config.hidden_size or set(notes) != expected or min(notes.values()) < 0:
+            raise ValueError(f"{file} is no snapshot of this index: its notes do not fit. Delete it; it is made anew.")
+        self.scanner, self.progress = scanner, Progress(**notes)
         return True
 
     def rebuild(self, state: State) -> Scanner:
         """A scanner with tables and lists fitted to what is there now."""
         sample, lists = self._sample(state.count), self._lists(state.count)
-        scanner = fit_scanner(self.quantizer, sample, self.steps, self.scanned, lists)
+        try:
+            scanner = fit_scanner(self.quantizer, sample, self.steps, self.scanned, lists)
+        except ValueError as error:
+            raise DamagedRowsError(str(error).rstrip(".")) from error
         removal = self.database.removed(self.progress.removal)[1]
         last = self._scan_from(scanner, 0)
         self.scanner = scanner
@@ -170,7 +176,7 @@ class Ranker:
             candidates = self._shortlist(queries, count, shortlist, nprobe, allowed, self.refresh(state))
         scores, rows = self._rank(queries, candidates, count, rescore)
         if (rows < 0).any():
-            raise ValueError(FOREIGN)
+            raise ValueError(f"{self.database.file}: {FOREIGN}")
         return scores, rows
 
     def _shortlist(
@@ -223,15 +229,18 @@ class Ranker:
         """What is known of rows, float32 `(n, hidden_size)`: their floats, reconstructions or sums of tables."""
         found = self.database.codes_of(rows)
         if len(found) < len(rows):
-            raise ValueError(FOREIGN)
+            raise ValueError(f"{self.database.file}: {FOREIGN}")
         codes = codes_array([found[row] for row in rows.tolist()])
         by_tables = source == "tables" or not self.quantizer.config.has_experts  # which are exact then, and quicker
-        vectors = self.scanner.sums(codes) if by_tables and self.scanner is not None else self.restore(codes)
+        try:
+            vectors = self.scanner.sums(codes) if by_tables and self.scanner is not None else self.restore(codes)
+        except ValueError as error:  # codes that no quantizer of these sizes makes
+            raise DamagedRowsError(str(error).rstrip(".")) from error
         if source == "floats":
             kept = self.database.floats_of(rows)
             for place, row in enumerate(rows.tolist()):
                 if row in kept:
-                    vectors[place] = np.frombuffer(kept[row], np.float16)
+                    vectors[place] = floats_array(kept[row], vectors.shape[1])
         return normalized(vectors) if self.normalizes else vectors
 
 

@@ -29,6 +29,7 @@ from ..additive import faiss_widths, mean_contributions
 from ..codes import bits_per_code, sizes_of, unpack_codes
 from ..least_squares import improve_codewords, starts_of
 from ..modeling_rqmoe import RQMoEModel
+from .documents import DamagedRowsError
 
 NORM_LEVELS = 256
 FIT_ROWS = 32_768
@@ -36,6 +37,7 @@ POINTS_PER_LIST = 48
 ITERATIONS = 10
 RIDGE = 1.0
 PROBES = 1_024
+MARKS = 1 << 30  # row numbers up to which a table tells which rows are wanted
 QUERIES = 256  # whose look-up tables are computed at a time
 
 
@@ -110,6 +112,8 @@ class Scanner:
 
         self.tables, self.metric, self.code_bytes = tables, metric, code_bytes
         self._bits = [len(table).bit_length() - 1 for table in tables.codewords]
+        if code_bytes != -(-sum(self._bits) // 8):  # Faiss would read on behind each code
+            raise DamagedRowsError(f"its codes have {code_bytes} bytes, not {-(-sum(self._bits) // 8)}")
         self._codewords = np.concatenate(tables.codewords)
         tables.codewords = np.split(self._codewords, np.cumsum([1 << bits for bits in self._bits])[:-1])
         by_distance = metric == "l2"
@@ -149,6 +153,11 @@ class Scanner:
         """Bytes in memory for each vector: its code, the code of its norm and its row number."""
         return self._index.code_size + 8
 
+    @property
+    def size(self) -> int:
+        """Dimension of the vectors."""
+        return self._codewords.shape[1]
+
     def sums(self, codes: np.ndarray) -> np.ndarray:
         """What the tables restore of packed codes, float32 `(n, hidden_size)`."""
         sizes = [1 << bits for bits in self._bits]
@@ -178,6 +187,8 @@ class Scanner:
 
     def _extended(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The codes with that of their norm, and the list that each belongs to."""
+        if codes.shape[1] != self.code_bytes:  # Faiss would read on behind them
+            raise DamagedRowsError(f"its codes have {codes.shape[1]} bytes, not {self.code_bytes}")
         if self.lists == 1 and self.tables.norms is None:
             return codes, np.zeros(len(codes), np.int32)
         sums = self.sums(codes)
@@ -264,12 +275,16 @@ class Scanner:
         import faiss
 
         index = self._made(1)
-        wanted = np.zeros(int(rows[-1]) + 1 if len(rows) else 0, bool)
-        wanted[rows] = True
+        marks = np.zeros(int(rows[-1]) + 1 if len(rows) and rows[-1] < MARKS else 0, bool)
+        if len(marks):
+            marks[rows] = True
         for number in range(self.lists):
             ids, codes = self._list(number)
-            inside = (ids >= 0) & (ids < len(wanted))
-            inside[inside] = wanted[ids[inside]]
+            if len(marks):
+                inside = (ids >= 0) & (ids < len(marks))
+                inside[inside] = marks[ids[inside]]
+            else:
+                inside = np.isin(ids, rows)
             kept = np.ascontiguousarray(ids[inside]), np.ascontiguousarray(codes[inside])
             if len(kept[0]):
                 index.invlists.add_entries(0, len(kept[0]), faiss.swig_ptr(kept[0]), faiss.swig_ptr(kept[1]))
@@ -335,6 +350,7 @@ class Scanner:
             with safe_open(file, "numpy") as opened:
                 notes = {name: int(value) for name, value in opened.metadata().items()}
                 arrays = {name: opened.get_tensor(name) for name in opened.keys() if name != "lists"}  # noqa: SIM118
+            _check_arrays(arrays, codewords, bits, metric)
             if codewords is None:
                 codewords = np.split(arrays["codewords"], np.cumsum([1 << width for width in bits])[:-1])
             tables = Tables(codewords, arrays.get("norms"), arrays["centroids"], arrays.get("probes"))
@@ -350,7 +366,8 @@ class Scanner:
 
         place, stop = _span(file, "lists")
         width = self._index.code_size + 8
-        if len(sizes) != self.lists or (sizes < 0).any() or int(sizes.sum()) * width != stop - place:
+        # As Python's integers, since those of numpy could be made to overflow to the right sum.
+        if len(sizes) != self.lists or (sizes < 0).any() or sum(sizes.tolist()) * width != stop - place:
             raise ValueError("its lists have other sizes than they should")
         mapped: Any = faiss.OnDiskInvertedLists()
         mapped.nlist, mapped.code_size, mapped.filename = self.lists, self._index.code_size, str(file)
@@ -416,6 +433,25 @@ def fit_scanner(quantizer: RQMoEModel, sample: np.ndarray, steps: int, metric: s
         rows = np.unique(np.linspace(0, len(sums) - 1, PROBES).astype(int))
         tables.probes = sums[rows] / np.maximum(lengths[rows, None], 1e-12)
     return Scanner(tables, sample.shape[1], metric)
+
+
+def _check_arrays(
+    arrays: dict[str, np.ndarray], codewords: list[np.ndarray] | None, bits: list[int], metric: str
+) -> None:
+    """Raises ValueError unless the arrays of a snapshot have the shapes that Faiss is going to rely on unchecked."""
+    floats = {name: array for name, array in arrays.items() if name != "sizes"}
+    if any(array.dtype != np.float32 for array in floats.values()) or arrays["sizes"].dtype != np.int64:
+        raise ValueError("its arrays are of other types than they should")
+    known = arrays["codewords"] if codewords is None else codewords[0]
+    width = known.shape[1] if known.ndim == 2 else -1
+    fits = codewords is not None or known.shape == (sum(1 << number for number in bits), width)
+    fits &= arrays["sizes"].ndim == 1 and arrays["centroids"].shape == (max(len(arrays["sizes"]), 1), width)
+    fits &= ("norms" in arrays) == (metric != "inner_product")
+    fits &= "norms" not in arrays or arrays["norms"].shape == (NORM_LEVELS,)
+    fits &= "probes" not in arrays or arrays["probes"].shape == (max(len(arrays["probes"]), 1), width)
+    if not fits:
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in sorted(arrays.items()))
+        raise ValueError(f"its arrays have other shapes than they should: {shapes}")
 
 
 def _span(file: Path, name: str) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from ..bundled import bundled_name
 from ..modeling_rqmoe import RQMoEModel
 from ..saving import maker_record
-from .storage import FORMAT
+from .storage import CHOICES, FORMAT, MAX_LISTS
 
 Metric = Literal["cosine", "inner_product", "l2"]
 Kind = Literal["auto", "flat", "ivf"]
@@ -28,10 +28,10 @@ def make_settings(
     Raises:
         ValueError: If one of them is not possible.
     """
-    check_choice("metric", metric, ("cosine", "inner_product", "l2"))
-    check_choice("kind", kind, ("auto", "flat", "ivf"))
-    if num_lists is not None and num_lists < 1:
-        raise ValueError(f"num_lists must be at least 1, got {num_lists}.")
+    check_choice("metric", metric, CHOICES["metric"])
+    check_choice("kind", kind, CHOICES["kind"])
+    if num_lists is not None and not 1 <= num_lists <= MAX_LISTS:
+        raise ValueError(f"num_lists must lie between 1 and {MAX_LISTS:,}, got {num_lists}.")
     quantizer._require_initialized("make an index")
     config = quantizer.config
     steps = config.num_codebooks if num_codebooks is None else num_codebooks

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
@@ -10,12 +11,16 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..codes import bytes_per_vector
+from ..saving import check_record
 from .documents import RESTORE, Database
 
 MANIFEST = "manifest.json"
 DATABASE = "collection.sqlite"
 LOCK = "writer.lock"
 FORMAT = 1
+SNAPSHOT = r"scan-\d+\.safetensors"
+MAX_LISTS = 1 << 24  # a list holds one vector at least, and as many centroids are compared with each query
+CHOICES = {"metric": ("cosine", "inner_product", "l2"), "kind": ("auto", "flat", "ivf")}
 
 
 class IndexFolder:
@@ -96,9 +101,10 @@ class IndexFolder:
     def problems(self, database: Database) -> list[str]:
         """What is damaged in the files; inside of a reading transaction."""
         found = []
-        if self.manifest["files"][DATABASE]["version"] == database.state().version:
+        version = self.manifest["files"][DATABASE].get("version", -1)
+        if version >= 0 and version == database.state().version:
             damage = self.damage(DATABASE)
-            if damage is not None and self.read()["files"][DATABASE]["version"] == database.state().version:
+            if damage is not None and self.read()["files"][DATABASE].get("version") == database.state().version:
                 found.append(f"{damage} {RESTORE}")
         else:  # it was not closed since it was changed last, so that only its own checksums are known
             found.extend(database.problems())
@@ -163,8 +169,11 @@ class IndexFolder:
             whole = False
         if not whole:
             raise ValueError(f"{file} is damaged: its checksum does not fit. {RESTORE}")
-        if manifest["format"] != FORMAT:
-            raise ValueError(f"{file} has format {manifest['format']}, this package reads format {FORMAT}: update it.")
+        if manifest.get("format") != FORMAT:
+            raise ValueError(
+                f"{file} has format {manifest.get('format')}, this package reads format {FORMAT}: update it."
+            )
+        check_manifest(manifest, file)
         self.manifest = manifest
         return manifest
 
@@ -235,6 +244,38 @@ def describe(folder: str | os.PathLike) -> dict[str, str]:
         "floats kept": "yes" if manifest["keep_floats"] else "no",
         "ready to scan": "yes" if place.scan is not None and place.scan.exists() else "made when it is first searched",
     }
+
+
+def check_manifest(manifest: dict, file: Path) -> None:
+    """Raises ValueError unless a manifest says what one must say, and names files of its own folder only.
+
+    Its checksum tells that nothing has happened to it, not that it was this package that wrote it.
+    """
+    lists, files = manifest.get("num_lists", 0), manifest.get("files")
+    problems = [f"{name} is {str(manifest.get(name))[:100]}" for name, choices in CHOICES.items()
+                if manifest.get(name) not in choices]  # fmt: skip
+    if lists is not None and not (type(lists) is int and 1 <= lists <= MAX_LISTS):
+        problems.append(f"num_lists must lie between 1 and {MAX_LISTS:,}, it is {str(lists)[:100]}")
+    if type(manifest.get("keep_floats")) is not bool:
+        problems.append("keep_floats is neither true nor false")
+    if not isinstance(manifest.get("encoder", 0), (str, type(None))):
+        problems.append("encoder is no name")
+    if not isinstance(files, dict) or DATABASE not in files:
+        problems.append(f"it does not name {DATABASE}")
+    else:
+        problems += [f"its entry of {name[:100]} is none of a file of an index" for name, record in files.items()
+                     if not (name == DATABASE or re.fullmatch(SNAPSHOT, name)) or not _is_record(record)]  # fmt: skip
+    if problems:
+        raise ValueError(f"{file} is damaged: {problems[0]}. {RESTORE}")
+    check_record(manifest.get("quantizer"), file)
+
+
+def _is_record(record: object) -> bool:
+    """Whether this is what a manifest says of a file; see [`IndexFolder.record`] and its `record_database`."""
+    if not isinstance(record, dict):
+        return False
+    measured = type(record.get("size")) is int and isinstance(record.get("sha256"), str)
+    return record == {"version": -1} or (measured and type(record.get("version", 0)) is int)
 
 
 def replace_durably(scratch: Path, target: Path) -> None:

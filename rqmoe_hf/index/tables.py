@@ -64,7 +64,7 @@ class SourceTable:
                 f"{', '.join(names)}: name the column."
             )
         if self._codes is not None and isinstance(source, (str, os.PathLike)):
-            check_quantizer(codes_info(source), quantizer)
+            check_quantizer(codes_info(source), quantizer, source)
         self._ids = id_column if id_column in names else None
         self._metadata = list(metadata_columns)
 

@@ -1,0 +1,158 @@
+"""What a checkpoint may ask for: far above what any quantizer needs, far below what would bring a machine down.
+
+A config.json and the header of a weight file come from strangers. A few bytes of theirs could ask for terabytes, or
+steer transformers away from reading weights, so both are checked before anything is allocated.
+"""
+
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+LARGEST = {
+    "hidden_size": 65_536,
+    "instruction_size": 65_536,
+    "num_codebooks": 4_096,
+    "num_experts": 4_096,
+    "num_expert_layers": 4_096,
+    "intermediate_size": 1_048_576,
+    "num_candidates": 65_536,
+    "beam_size": 4_096,
+    "local_search": 10_000,
+}
+MAX_NUMBERS = 1 << 32  # of weights, or of one kind of table made from them: 17 GB in float32
+MAX_CODEWORDS_IN_LOCAL_SEARCH = 65_536  # of all codebooks; the search keeps the square of it
+LARGEST_WEIGHT = 1e15
+MAX_LABELS = 1_000  # transformers makes a dictionary of them; a quantizer has none
+WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
+CONFIG_TYPES = ("float64", "float32", "float16", "bfloat16")
+# What else transformers reads from a config: code of kernels, other files, other arithmetic.
+STEERING = frozenset((
+    "quantization_config", "compression_config", "fusion_config", "distributed_config", "per_layer_config",
+    "transformers_weights", "attn_implementation", "experts_implementation", "tp_plan", "device_map", "gguf_file",
+    "adapter_kwargs",
+))  # fmt: skip
+
+
+def count_weights(config: Any) -> int:
+    """How many numbers a model of this configuration has, computed without making one."""
+    steps, codewords, size = config.num_codebooks, config.codebook_size, config.hidden_size
+    total = steps * codewords * size + size + 1  # codebooks, mean, scale
+    if not config.has_experts:
+        return total
+    condition, width, experts = config.condition_size, config.intermediate_size, config.num_experts
+    gates = {"none": 0, "linear": experts * (size + 1), "mlp": width * (size + experts)}
+    step = size * (size + condition + 2) + gates[config.gate]
+    step += 2 * config.num_expert_layers * experts * width * size
+    if config.conditioning == "instruction":
+        step += codewords * condition
+    return total + (steps - 1) * step
+
+
+def count_features(config: Any) -> int:
+    """How many numbers the largest table of the encoder has at most: what experts make of all codewords."""
+    if not config.has_experts:
+        return 0
+    features = config.num_expert_layers * config.num_experts * config.intermediate_size
+    return (config.num_codebooks - 1) * config.codebook_size * (features + config.intermediate_size)
+
+
+def check_sizes(config: Any) -> None:
+    """Raises ValueError if a configuration asks for more than any quantizer needs."""
+    for name, largest in LARGEST.items():
+        value = getattr(config, name)
+        if value is not None and value > largest:
+            raise ValueError(f"{name} must be at most {largest:,}, got {_shown(value)}.")
+    for what, count in (("weights", count_weights(config)), ("numbers in tables", count_features(config))):
+        if count > MAX_NUMBERS:
+            raise ValueError(
+                f"This configuration asks for {count:,} {what}; at most {MAX_NUMBERS:,} are allowed: choose a smaller "
+                "hidden_size, num_codebooks, codebook_size, num_experts or intermediate_size."
+            )
+    codewords = config.num_codebooks * config.codebook_size
+    if config.local_search and codewords > MAX_CODEWORDS_IN_LOCAL_SEARCH:
+        raise ValueError(
+            f"local_search keeps (num_codebooks * codebook_size)^2 numbers, so that it is allowed up to "
+            f"{MAX_CODEWORDS_IN_LOCAL_SEARCH:,} codewords in all, got {codewords:,}: set local_search=0."
+        )
+
+
+def check_entries(entries: dict[str, Any], config_class: Any) -> None:
+    """Raises ValueError if the entries of a config.json reach for anything but the description of a quantizer."""
+    kind = config_class.model_type
+    if entries.get("model_type", kind) != kind:
+        raise ValueError(f"The config.json describes a model of the type {_shown(entries['model_type'])}, not {kind}.")
+    known = {field.name for field in fields(config_class)}
+    known |= {"model_type", "num_labels", "name_or_path", "output_attentions"}
+    for name in entries:
+        # An attribute of the class would be shadowed: its methods, or the map that redirects attributes.
+        if name.removeprefix("_") in STEERING or (name not in known and hasattr(config_class, name)):
+            raise ValueError(f"A quantizer's config.json must not set {name!r}: remove it.")
+
+
+def check_common(values: dict[str, Any]) -> None:
+    """Raises ValueError if values that transformers expands before any validation are out of bounds."""
+    labels = values.get("num_labels")
+    if labels is not None and not (type(labels) is int and 0 <= labels <= MAX_LABELS):
+        raise ValueError(f"num_labels must be an integer from 0 to {MAX_LABELS:,}, got {_shown(labels)}.")
+    for name in ("dtype", "torch_dtype"):
+        dtype = values.get(name)
+        if dtype is not None and str(dtype).removeprefix("torch.") not in CONFIG_TYPES:
+            raise ValueError(f"{name} must be one of {', '.join(CONFIG_TYPES)}, got {_shown(dtype)}.")
+
+
+def check_weight_files(files: Iterable[str], expected: dict[str, torch.Tensor], origin: str) -> None:
+    """Compares the headers of weight files with the weights that a model has, before any of them is allocated.
+
+    Args:
+        files: Of the checkpoint.
+        expected: The model's state dict; only its names and shapes are used.
+        origin: Where the files come from, for messages.
+
+    Raises:
+        ValueError: If a file is no safetensors file, or holds other weights.
+    """
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            raise ValueError(f"The weights of {origin} are no safetensors file: {file} is not read. Convert it.")
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                part = opened.get_slice(name)
+                found[name.removeprefix("quantizer.")] = (tuple(part.get_shape()), part.get_dtype())
+    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    wrong = {
+        "missing keys": [name for name in shapes if name not in found],
+        "unexpected keys": [name for name in found if name not in shapes],
+        "mismatched keys": [
+            f"{name} has the shape {found[name][0]} instead of {shape}"
+            for name, shape in shapes.items()
+            if name in found and found[name][0] != shape
+        ],
+        "no floats": [f"{name} ({dtype})" for name, (_, dtype) in found.items() if dtype not in WEIGHT_TYPES],
+    }
+    problems = [f"{kind}: {', '.join(_shown(name) for name in names[:5])}" for kind, names in wrong.items() if names]
+    if problems:
+        raise ValueError(f"The weights of {origin} do not belong to its config.json: {'; '.join(problems)}.")
+
+
+def check_finite(weights: dict[str, torch.Tensor], origin: str) -> None:
+    """Raises ValueError if weights hold NaN, infinity, or numbers whose squares distances cannot hold.
+
+    The nearest codeword would be none of the codebook.
+    """
+    held = {name: tensor for name, tensor in weights.items() if not tensor.is_meta}
+    broken = [name for name, tensor in held.items() if not (tensor.abs() < LARGEST_WEIGHT).all()]  # NaN fails it, too
+    if broken:
+        raise ValueError(
+            f"The weights of {origin} hold NaN, infinity or numbers above {LARGEST_WEIGHT:g}: "
+            f"{', '.join(broken[:5])}. Save them again."
+        )
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, cut to a readable length."""
+    text = f"{value:,}" if type(value) is int and abs(value) < 10**18 else str(value)[:200]
+    return text if len(text) < 200 else f"{text}..."
