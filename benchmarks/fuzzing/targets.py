@@ -7,6 +7,7 @@ import random
 import sqlite3
 import sys
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -52,7 +53,7 @@ def make_model(name: str) -> RQMoEModel:
     return model.eval()
 
 
-class Target:
+class Target(ABC):
     """One format: `make` writes valid files once, `change` the files of one input, `open` reads them.
 
     Args:
@@ -70,17 +71,17 @@ class Target:
         """Reads what `make` has written; before the first input."""
         self.valid = self.seeds()
 
+    @abstractmethod
     def make(self) -> None:
         """Writes valid files."""
-        raise NotImplementedError
 
+    @abstractmethod
     def change(self, rng: random.Random, place: Path) -> None:
         """Writes the files of one input."""
-        raise NotImplementedError
 
+    @abstractmethod
     def open(self, rng: random.Random, place: Path) -> None:
         """Reads them as a user would."""
-        raise NotImplementedError
 
 
 def use(model: RQMoEModel) -> None:

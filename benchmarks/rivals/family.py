@@ -138,7 +138,8 @@ class OursAdditive:
         dimension: Of the vectors.
         size: Bytes per vector.
         bits: Per code.
-        rounds: Of annealing (`--init-rounds`): more than by default, and still less time than Faiss's LSQ.
+        rounds: Of annealing (`--init-rounds`): more than by default. At 8 bytes and 10 bits
+            it still takes less time than Faiss's LSQ.
     """
 
     def __init__(self, dimension: int, size: int, bits: int = 10, rounds: int = 80):

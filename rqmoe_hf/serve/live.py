@@ -99,7 +99,7 @@ class LiveIndex:
         self.config, self.settings = self.index.quantizer.config, self.index.settings
         self.num_codebooks: int = self.settings["quantizer"]["num_codebooks"]
         self._encoder = TextEncoder(encoder or self.settings["encoder"] or self.config.base_model)
-        self._encoding, self._shortening = threading.Lock(), threading.Lock()
+        self._shortening = threading.Lock()
         self._shortened: dict[int, tuple[int, RQMoEIndex]] = {}
         self.embed = lru_cache(REMEMBERED)(self._embed)
         self._exact = lru_cache(REMEMBERED)(self._find_exact)
@@ -243,6 +243,5 @@ class LiveIndex:
     def _embed(self, query: str) -> tuple[np.ndarray, float]:
         """The embedding of a query, and the seconds taken."""
         start = time.perf_counter()
-        with self._encoding:  # tokenizers refuse to be used by two threads at once
-            vector = self._encoder.queries([query])[0]
+        vector = self._encoder.queries([query])[0]
         return vector, time.perf_counter() - start

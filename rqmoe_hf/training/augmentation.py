@@ -6,11 +6,13 @@ difference of two neighbours of a vector is a sample of how vectors differ in it
 
 import faiss
 import numpy as np
+from tqdm.auto import tqdm
 
 NEIGHBORS = 30
 EXHAUSTIVE = 32_768  # vectors up to which all are compared with all
 LISTS, PROBES = 2.0, 16  # of an approximate search: lists in square roots of the vectors, and those that are read
 POINTS_PER_LIST = 48  # that train the lists
+BLOCK = 16_384  # vectors whose neighbours are looked for at a time
 TINY = 1e-30  # what is divided by, at least
 
 
@@ -23,14 +25,21 @@ class NeighborJitter:
     Args:
         vectors: float32 `(n, d)`, centred.
         center: float32 `(d,)` that was subtracted from the vectors, in their units; norms are those before. Default 0.
-        neighbors: Among how many nearest neighbours the two are drawn.
+        neighbors: Among how many nearest neighbours the two are drawn. With less than two nothing is moved.
+        show_progress_bar: Whether to show one while neighbours are looked for.
     """
 
-    def __init__(self, vectors: np.ndarray, center: np.ndarray | None = None, neighbors: int = NEIGHBORS):
+    def __init__(
+        self,
+        vectors: np.ndarray,
+        center: np.ndarray | None = None,
+        neighbors: int = NEIGHBORS,
+        show_progress_bar: bool = False,
+    ):
         self.vectors = vectors
         self.center = np.zeros(vectors.shape[1], np.float32) if center is None else center.astype(np.float32)
         count = min(neighbors, len(vectors) - 1)
-        self.neighbors = _nearest(vectors, count) if count >= 2 else None
+        self.neighbors = _nearest(vectors, count, show_progress_bar) if count >= 2 else None
 
     def draw(self, rows: np.ndarray, energy: float, generator: np.random.Generator) -> np.ndarray:
         """New vectors near some of the given ones.
@@ -57,7 +66,7 @@ class NeighborJitter:
         return moved * (norms / np.maximum(moved_norms, TINY)) - self.center
 
 
-def _nearest(vectors: np.ndarray, count: int) -> np.ndarray:
+def _nearest(vectors: np.ndarray, count: int, show_progress_bar: bool) -> np.ndarray:
     """Neighbours of each vector, the nearest first, without itself: int32 `(n, count)`."""
     dimension = vectors.shape[1]
     vectors = np.ascontiguousarray(vectors, np.float32)
@@ -69,7 +78,8 @@ def _nearest(vectors: np.ndarray, count: int) -> np.ndarray:
         faiss.extract_index_ivf(index).nprobe = PROBES
         index.train(vectors[:: max(1, len(vectors) // (POINTS_PER_LIST * lists))])
     index.add(vectors)
-    found = index.search(vectors, count + 1)[1]
+    bar = tqdm(range(0, len(vectors), BLOCK), desc="neighbours", unit="block", disable=not show_progress_bar)
+    found = np.concatenate([index.search(vectors[start : start + BLOCK], count + 1)[1] for start in bar])
     own = np.arange(len(vectors))[:, None]
     # Where many vectors are equal, a vector itself may be missing, or come later; where lists are short, -1 fills up.
     others = np.argsort((found == own) | (found < 0), axis=1, kind="stable")[:, :count]

@@ -7,8 +7,7 @@ codebooks are perturbed before the codes are chosen, less from round to round, a
 Three things differ from Faiss's LSQ. A round sees some of the vectors, and those moved at random
 ([`NeighborJitter`]), so that no two rounds see the same. The fit is to all rounds, of which older ones count less
 ([`RunningFit`]), so that what one round's vectors have by chance does not get into the codebooks. And the fit is
-regularised by what a codeword of its energy is worth. Together they lower the error on vectors that were not trained
-on by up to a tenth (benchmarks/LEVERS.md).
+regularised by what a codeword of its energy is worth. What the first two give is in benchmarks/LEVERS.md.
 """
 
 import os
@@ -79,7 +78,8 @@ def train_lsq(
     run = [*vectors.shape, rounds, final_rounds, search_rounds, size, seed, temperature, jitter, *keep, *sizes]
     state = _State(sizes, vectors.shape, seed)
     state.restore(checkpoint, run)
-    source, deviation = NeighborJitter(vectors, center, NEIGHBORS if jitter else 0), vectors.std(axis=0)
+    source = NeighborJitter(vectors, center, NEIGHBORS if jitter else 0, show_progress_bar)
+    deviation = vectors.std(axis=0)
     total = rounds + final_rounds
     bar = tqdm(total=total, initial=state.done, desc="LSQ", unit="round", disable=not show_progress_bar)
     for number in range(state.done, total):
