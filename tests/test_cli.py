@@ -9,6 +9,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
+from datasets import Dataset
 from typer.testing import CliRunner
 
 from rqmoe_hf.cli import app
@@ -94,6 +95,23 @@ def test_train_from_texts(encoder, tmp_path):
     assert config["hidden_size"] == 384
 
 
+@pytest.mark.parametrize("evaluations", [1, 2])
+def test_train_from_a_stream(clustered, tmp_path, evaluations):
+    np.save(tmp_path / "held_out.npy", clustered[4000:])
+    Dataset.from_dict({"embeddings": clustered[:4000].tolist()}).to_parquet(tmp_path / "train" / "part.parquet")
+    done = rqmoe(
+        "train", "--streaming", "--embeddings", str(tmp_path / "train"), "-o", str(tmp_path / "out"),
+        "--evaluation", str(tmp_path / "held_out.npy"), "--max-steps", "40", "--batch-size", "64",
+        "--gradient-accumulation-steps", "2", "--limit", "3000", "--evaluations-per-epoch", str(evaluations),
+        "--num-codebooks", "2", "--codebook-size", "32",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    log = json.loads((tmp_path / "out" / "training_log.json").read_text("utf-8"))
+    steps = [entry["step"] for entry in log if "eval_mse" in entry]
+    assert steps == ([40] if evaluations == 1 else [20, 40])
+    assert json.loads((tmp_path / "out" / "training.json").read_text("utf-8"))["batch_size"] == 128
+
+
 def test_train_additive(clustered, tmp_path):
     np.save(tmp_path / "vectors.npy", clustered)
     options = ["--additive", "--num-codebooks", "3", "--codebook-size", "32", "--evaluation-size", "500"]
@@ -136,6 +154,7 @@ def test_convert(clustered, tmp_path):
         (["push", "no-such-quantizer", "org/name"], "There is no quantizer 'no-such-quantizer'"),
         (["compress", "none.npy", "-o", "codes", "--model", "minilm-384"], "There is no file none.npy"),
         (["train", "-o", "run"], "Give either --embeddings, or --texts and --encoder"),
+        (["train", "-o", "run", "--embeddings", "x", "--streaming"], "give --max-steps and --evaluation"),
         (["convert", "none.pt", "-o", "out", "--format", "official"], "--scale belongs to --format official"),
         (["convert", "none.pt", "-o", "out", "--format", "qinco"], "There is no file none.pt"),
         (["embed", "none.txt", "-o", "out", "--encoder", "x"], "no file or folder none.txt"),

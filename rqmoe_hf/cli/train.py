@@ -54,6 +54,9 @@ def train(
     text_column: TextColumn = "text",
     split: Split = "train",
     limit: Annotated[int | None, typer.Option(help="Train on the first so many embeddings only.")] = None,
+    streaming: Annotated[
+        bool, typer.Option("--streaming", help="Read embeddings as they come. Needs --max-steps and --evaluation.")
+    ] = False,
     evaluation: Annotated[str | None, typer.Option(help="Held-out embeddings. Default: taken from the rest.")] = None,
     evaluation_size: Annotated[int, typer.Option(help="Held-out embeddings to use.")] = 5_000,
     start_from: Annotated[str | None, typer.Option("--from", help="Fine-tune this quantizer.")] = None,
@@ -86,11 +89,13 @@ def train(
     init_rounds: Annotated[int, typer.Option(help="Rounds of the lsq start. More are slower and better.")] = 50,
     init_temperature: Annotated[float, typer.Option(help="Of the lsq start.")] = 1.0,
     epochs: Annotated[float, typer.Option(help="Passes over the embeddings.")] = 5.0,
+    max_steps: Annotated[int, typer.Option(help="Steps, instead of passes.")] = -1,
     batch_size: Annotated[int, typer.Option(help="Vectors per step and process.")] = 1024,
+    gradient_accumulation_steps: Annotated[int, typer.Option(help="Batches that make one step of the optimizer.")] = 1,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     max_grad_value: Annotated[float | None, typer.Option(help="Clip gradient entries to this.")] = None,
     patience: Annotated[int | None, typer.Option(help="Stop after so many evaluations without gain.")] = None,
-    evaluations_per_epoch: Annotated[int, typer.Option(help="Evaluations, with a checkpoint each.")] = 1,
+    evaluations_per_epoch: Annotated[int, typer.Option(help="Evaluations, with a checkpoint each; in all, with --max-steps.")] = 1,
     bf16: Annotated[bool, typer.Option(help="bfloat16 arithmetic where it is safe.")] = False,
     half_size: Annotated[bool, typer.Option(help="Round the result to bfloat16 values: half the file.")] = False,
     tensorboard: Annotated[bool, typer.Option(help="Log to TensorBoard (needs the package tensorboard).")] = False,
@@ -100,6 +105,7 @@ def train(
     """Train a quantizer on embeddings, or on texts and an encoder. A run that was stopped continues.
 
     On several GPUs: torchrun --nproc-per-node 8 -m rqmoe_hf train ... or accelerate launch -m rqmoe_hf train ...
+    Files of a stream are divided among the processes.
     """
     from ..bundled import load_quantizer
     from ..codes import describe_sizes
@@ -115,9 +121,13 @@ def train(
     if texts is not None and encoder is not None:
         embed_texts(texts, output / "embeddings", encoder, text_column, split)
         embeddings, column = str(output / "embeddings"), "embeddings"
-    dataset = load_embeddings(embeddings, column, split)
+    if streaming and (max_steps < 1 or evaluation is None):
+        raise ValueError("A stream has no length and cannot be split: give --max-steps and --evaluation.")
+    if streaming and bytes_per_vector is not None and limit is None:
+        raise ValueError("--bytes chooses by the number of embeddings, which a stream does not tell: give --limit.")
+    dataset = load_embeddings(embeddings, column, split, streaming)
     if limit is not None:
-        dataset = dataset.select(range(min(limit, len(dataset))))
+        dataset = dataset.take(limit) if streaming else dataset.select(range(min(limit, len(dataset))))
     if evaluation is None:
         dataset, held_out = split_dataset(dataset, evaluation_size, seed)
     else:
@@ -125,7 +135,7 @@ def train(
         held_out = held_out.select(range(min(evaluation_size, len(held_out))))
     sizes = parse_sizes(codebook_sizes)
     if bytes_per_vector is not None:
-        sizes = suitable_sizes(bytes_per_vector, len(dataset))
+        sizes = suitable_sizes(bytes_per_vector, limit if streaming and limit else len(dataset))
         print(f"{bytes_per_vector} bytes per vector: {describe_sizes(len(sizes), sizes)} (--codebook-sizes for others)")
     if sizes is not None:
         num_codebooks, codebook_size = len(sizes), max(sizes)
@@ -151,10 +161,13 @@ def train(
             local_search=local_search,
             base_model=encoder,
         )
-    interval = 1.0 / (evaluations_per_epoch * max(1.0, epochs))
+    evaluations = evaluations_per_epoch * (1.0 if max_steps > 0 else max(1.0, epochs))
+    interval = min(1 / evaluations, 1 - 1e-6)  # 1 would be a number of steps, not a share of them
     args = RQMoETrainingArguments(
         output_dir=str(output),
         num_train_epochs=epochs,
+        max_steps=max_steps,
+        gradient_accumulation_steps=gradient_accumulation_steps,
         per_device_train_batch_size=batch_size,
         learning_rate=learning_rate,
         max_grad_value=max_grad_value,
