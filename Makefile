@@ -72,13 +72,12 @@ data/fashion-mnist-784/manifest.json: | .venv/installed
 	$(BIN)/python benchmarks/sets/fashion_mnist.py --output $(@D)
 
 # Hours: all methods on all sets. Every part continues where it was stopped; cells that are in the results are not repeated.
-BUNDLED := minilm-384:6 minilm-384 minilm-384-8-bytes minilm-384-16-bytes
+BUNDLED := minilm-384:6 minilm-384 minilm-384-8-bytes minilm-384-16-bytes minilm-384-32-bytes
 ADDITIVE := "ours, additive x8" "ours, additive x9" "ours, additive x10"
 TEXTS = --tasks --encoder "$(ENCODER)"
 benchmark: benchmark-sets
 	$(BIN)/python benchmarks/engine.py
-	$(BIN)/rqmoe train --recipe recipes/minilm-384-32-bytes.yaml --output runs/minilm-384-32-bytes
-	$(BIN)/python benchmarks/quality.py --set minilm-384 --methods --ours $(BUNDLED) runs/minilm-384-32-bytes --share $(TEXTS)
+	$(BIN)/python benchmarks/quality.py --set minilm-384 --methods --ours $(BUNDLED) --share $(TEXTS)
 	$(BIN)/python benchmarks/quality.py --set minilm-384 $(TEXTS)
 	$(BIN)/python benchmarks/quality.py --set minilm-384 --methods $(ADDITIVE) $(TEXTS)
 	for set in wordllama-256 sift-128 fashion-mnist-784 mpnet-768; do \
