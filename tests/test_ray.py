@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hub_server import HubServer
 from typer.testing import CliRunner
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -70,12 +71,11 @@ def expected(source, quantizer, tmp_path_factory) -> dict[str, bytes]:
     return contents(folder)
 
 
-def run(*arguments) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+def run(*arguments, environment: dict | None = None) -> None:
+    environment = environment or {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "rqmoe_hf", *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -252,3 +252,14 @@ def test_parquet_files_read_the_rows_asked_for(source, tmp_path):
     for rows in (range(2_990, 10_050), range(0, 1), np.array([0, 1_699, 1_700, 2_999, 3_000, 10_001, 23_999])):
         assert files.select(rows).data.table.equals(whole.take(np.asarray(rows)))
     assert ParquetFiles(f"file://{source}").select(range(5), ["id"])["id"][:] == [f"doc-{row}" for row in range(5)]
+
+
+def test_a_folder_on_the_hub(source, quantizer, expected, tmp_path):
+    with HubServer() as server:
+        server.put_folder("org/vectors", source, "dataset")
+        environment = {**os.environ, **server.environment(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+        for engine in ("local", "ray"):
+            command = ["compress", "hf://datasets/org/vectors", "-o", tmp_path / engine, "--model", quantizer,
+                       "--shard-size", 1_000, "--engine", engine]  # fmt: skip
+            run(*command, environment=environment)
+            assert contents(tmp_path / engine) == expected

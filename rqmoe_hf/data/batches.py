@@ -59,8 +59,8 @@ class CompressBatch:
     ):
         self.model = model
         self.column, self.codes_column, self.keep_embeddings = column, codes_column, keep_embeddings
-        self.search: dict[str, Any] = {"num_codebooks": num_codebooks, "num_candidates": num_candidates, "beam_size": beam_size,
-                       "local_search": local_search}  # fmt: skip
+        self.search: dict[str, Any] = {"num_codebooks": num_codebooks, "num_candidates": num_candidates,
+                                       "beam_size": beam_size, "local_search": local_search}  # fmt: skip
         self.dtype, self.revision, self.device, self.num_threads = dtype, revision, device, num_threads
         self._loaded: RQMoEModel | None = None
 
