@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hub_server import HubServer
+from s3_server import S3Server
 from typer.testing import CliRunner
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -263,3 +264,21 @@ def test_a_folder_on_the_hub(source, quantizer, expected, tmp_path):
                        "--shard-size", 1_000, "--engine", engine]  # fmt: skip
             run(*command, environment=environment)
             assert contents(tmp_path / engine) == expected
+
+
+def test_a_folder_in_object_storage(cluster, source, quantizer, expected, tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with S3Server() as server:
+        server.put_folder("bucket/some/vectors", source)
+        files = ParquetFiles(server.url("bucket/some/vectors"))
+        assert len(files) == 24_000
+        before = server.sent
+        files.select(range(100), ["id"])
+        assert server.sent - before < len(server.objects["bucket/some/vectors/0.parquet"]) / 2
+        compress_shards(server.url("bucket/some/vectors"), tmp_path / "codes", load(quantizer), shard_size=1_000,
+                        engine=RayEngine(workers=2))  # fmt: skip
+        assert contents(tmp_path / "codes") == expected
+        with pytest.raises(ValueError, match="no file or folder s3://bucket/none"):
+            ParquetFiles(server.url("bucket/none"))

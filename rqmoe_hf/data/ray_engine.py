@@ -68,7 +68,7 @@ class RayEngine:
             attempts = ray.remote(num_cpus=0)(Attempts).remote(ATTEMPTS)
             made = ray.data.from_items(blocks, override_num_blocks=len(blocks)).map_batches(
                 Worker,
-                fn_constructor_args=[make, attempts, self.cpus_per_worker, "cuda" if gpus else None],
+                fn_constructor_args=[make, attempts, self.cpus_per_worker, "cuda" if gpus else "cpu"],
                 batch_size=1,
                 batch_format="numpy",
                 compute=ray.data.ActorPoolStrategy(size=workers),
@@ -127,7 +127,7 @@ class Worker:
         device: Where the models run that do not say it.
     """
 
-    def __init__(self, make: MakeTable, attempts: Any, threads: int, device: str | None):
+    def __init__(self, make: MakeTable, attempts: Any, threads: int, device: str):
         self.make, self.attempts = make, attempts
         limit_threads(threads)
         for step in make.steps if isinstance(make, MakeBlock) else ():
