@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +38,8 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def cluster():
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-             runtime_env={"env_vars": {"PYTHONPATH": paths}})  # fmt: skip
+    ray.init(num_cpus=2, object_store_memory=150_000_000, include_dashboard=False, log_to_driver=False,
+             logging_level="ERROR", runtime_env={"env_vars": {"PYTHONPATH": paths}})  # fmt: skip
     yield
     ray.shutdown()
 
@@ -203,6 +204,25 @@ def test_a_block_that_kills_its_workers_ends_the_job(cluster, tmp_path, monkeypa
     monkeypatch.setattr(ray_module, "ATTEMPTS", 2)
     with pytest.raises(ValueError, match="died over the rows 10 to 20"):
         write_shards(tmp_path / "out", 30, 10, {}, die, "die", RayEngine(workers=1))
+
+
+def begin(folder: Path, start: int, stop: int) -> pa.Table:
+    (folder / str(start)).touch()
+    return pa.table({"noise": np.random.default_rng(start).integers(0, 256, 8_000_000, dtype=np.uint8)})
+
+
+def test_a_slow_disk_holds_the_workers_back(cluster, tmp_path, monkeypatch):
+    (tmp_path / "begun").mkdir()
+    ahead, write_whole = [], shards._write_whole
+
+    def write_slowly(file, content):
+        time.sleep(0.1)
+        ahead.append(len(list((tmp_path / "begun").iterdir())) - len(ahead))
+        write_whole(file, content)
+
+    monkeypatch.setattr(shards, "_write_whole", write_slowly)
+    write_shards(tmp_path / "out", 40, 1, {}, partial(begin, tmp_path / "begun"), "begin", RayEngine(workers=1))
+    assert max(ahead) < 15  # of 8 MB each; Ray holds 150 MB
 
 
 @pytest.mark.parametrize(

@@ -48,10 +48,10 @@ def load_table(source: str | os.PathLike, split: str = "train", streaming: bool 
 
 
 def _built(builder: str, files: str | list[str], streaming: bool) -> Dataset | IterableDataset:
-    """A table of local files, whose damage comes to light as a ValueError that names them."""
+    """A table of files, whose damage comes to light as a ValueError that names them."""
     try:
         return load_dataset(builder, data_files=files, split="train", streaming=streaming)
-    except (DatasetGenerationError, pa.ArrowException, OSError, UnicodeError) as error:
+    except (DatasetGenerationError, pa.ArrowException, OSError, UnicodeError, ImportError) as error:
         reason = error.__cause__ or error
         raise ValueError(f"{files if isinstance(files, str) else files[0]} cannot be read: {reason}") from error
 
