@@ -86,6 +86,7 @@ benchmark: benchmark-sets
 	$(BIN)/python benchmarks/levers.py
 	$(BIN)/python benchmarks/module.py --encoder "$(ENCODER)"
 	$(BIN)/python benchmarks/fit.py --encoder "$(ENCODER)"
+	$(BIN)/python benchmarks/ray_compress.py
 	$(BIN)/python benchmarks/fuzz.py
 	$(BIN)/python benchmarks/plots.py
 	$(MAKE) tables

@@ -19,7 +19,7 @@ from tasks import open_package, sts_pairs
 from rqmoe_hf import RQMoEConfig, RQMoEModel, load_quantizer
 from rqmoe_hf.bundled import bundled_quantizers
 from rqmoe_hf.data import load_embeddings
-from rqmoe_hf.data.jobs import encode_batches, load_encoder
+from rqmoe_hf.data.batches import encode_batches, load_encoder
 from rqmoe_hf.demo import collect_documentation
 from rqmoe_hf.evaluation import evaluate
 from rqmoe_hf.fit import check_fit

@@ -166,7 +166,7 @@ def run_demo(
         output: Folder of that training.
         top_k: Hits per question.
     """
-    from .data.jobs import load_encoder
+    from .data.batches import load_encoder
 
     seconds = {}
     encoder = encoder or default_encoder()

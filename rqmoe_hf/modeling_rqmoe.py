@@ -183,6 +183,9 @@ class RQMoEModel(RQMoEPreTrainedModel):
         self._tables.clear()
         return super().train(mode)
 
+    def __getstate__(self) -> dict:  # without the tables: they are rebuilt, and can be twenty times the weights
+        return super().__getstate__() | {"_tables": {}}
+
     @property
     def is_initialized(self) -> bool:
         """Whether the model has been given the statistics and codebooks of some data."""
@@ -382,8 +385,7 @@ class RQMoEModel(RQMoEPreTrainedModel):
     # --- helpers -------------------------------------------------------------------------------------------------
 
     def _standardize(self, embeddings: torch.Tensor) -> torch.Tensor:
-        embeddings = embeddings.to(self.codebooks.device, torch.float32)
-        return (embeddings - self.mean.float()) / self.scale.float()
+        return (embeddings.to(self.codebooks.device, torch.float32) - self.mean.float()) / self.scale.float()
 
     def _unstandardize(self, standardized: torch.Tensor) -> torch.Tensor:
         return standardized.float() * self.scale.float() + self.mean.float()

@@ -153,6 +153,8 @@ def test_convert(clustered, tmp_path):
         (["evaluate", "--model", "minilm-384", "--texts", "none.txt"], "no file or folder none.txt"),
         (["push", "no-such-quantizer", "org/name"], "There is no quantizer 'no-such-quantizer'"),
         (["compress", "none.npy", "-o", "codes", "--model", "minilm-384"], "There is no file none.npy"),
+        (["compress", "a.npy", "-o", "out", "--model", "minilm-384", "--workers", "2"], "only with --engine ray"),
+        (["embed", "a.txt", "-o", "out", "--encoder", "x", "--engine", "spark"], "must be local or ray, got 'spark'"),
         (["train", "-o", "run"], "Give either --embeddings, or --texts and --encoder"),
         (["train", "-o", "run", "--embeddings", "x", "--streaming"], "give --max-steps and --evaluation"),
         (["convert", "none.pt", "-o", "out", "--format", "official"], "--scale belongs to --format official"),

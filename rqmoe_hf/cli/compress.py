@@ -8,14 +8,21 @@ from .options import (
     EMBEDDINGS_HELP,
     BeamSize,
     Column,
+    CpusPerWorker,
     DType,
+    Engine,
+    GpusPerWorker,
     LocalSearch,
     NumCandidates,
     NumCodebooks,
     Output,
     Quantizer,
+    RayAddress,
     Revision,
     Split,
+    Workers,
+    choose_engine,
+    report,
 )
 
 
@@ -32,15 +39,20 @@ def compress(
     dtype: DType = "float32",
     shard_size: Annotated[int, typer.Option(help="Vectors per output file.")] = 65_536,
     revision: Revision = None,
+    engine: Engine = "local",
+    workers: Workers = None,
+    cpus_per_worker: CpusPerWorker = None,
+    gpus_per_worker: GpusPerWorker = None,
+    ray_address: RayAddress = None,
 ) -> None:
     """Compress embeddings to codes, as parquet shards. A run that was stopped continues where it was."""
     from ..bundled import load_quantizer
     from ..data import compress_shards
 
+    ray = choose_engine(engine, workers, cpus_per_worker, gpus_per_worker, ray_address)
     quantizer = load_quantizer(model, dtype, revision)
     search = (num_codebooks, num_candidates, beam_size, local_search)
-    files = compress_shards(embeddings, output, quantizer, column, split, *search, shard_size)
-    print(f"Wrote {len(files)} files to {output}.")
+    report(compress_shards(embeddings, output, quantizer, column, split, *search, shard_size, ray), output, ray)
 
 
 def decompress(

@@ -102,7 +102,7 @@ def _embed_sample(texts: str, encoder: str | None, text_column: str, split: str,
     """Embeddings of a random sample of texts."""
     import numpy as np
 
-    from ..data.jobs import encode_batches, load_encoder
+    from ..data.batches import encode_batches, load_encoder
     from ..data.sources import load_table
 
     if encoder is None:

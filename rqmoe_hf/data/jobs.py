@@ -3,22 +3,59 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from datasets import Dataset
 
 from ..codes import bytes_per_vector
 from ..modeling_rqmoe import RQMoEModel
 from ..saving import check_record, maker_record, weights_checksum
+from .batches import CompressBatch, EmbedBatch
+from .parquet import ParquetFiles, is_url
 from .shards import column_array, fixed_size_column, write_shards
 from .sources import as_array, load_embeddings, load_table
 
+if TYPE_CHECKING:
+    from .ray_engine import RayEngine
+
 CODES_METADATA = b"rqmoe"
+
+
+@dataclass
+class MakeBlock:
+    """What one block of a job becomes. Picklable where `rows` is, so that other processes can do it.
+
+    Args:
+        rows: The source.
+        column: The column of texts or embeddings.
+        steps: What turns it into the result: callables of `rqmoe_hf.data.batches`.
+        result: The column that is kept, beside `id` if there is one.
+        metadata: Of the schema of the result.
+    """
+
+    rows: Dataset | ParquetFiles
+    column: str
+    steps: list[CompressBatch | EmbedBatch]
+    result: str
+    metadata: dict[bytes, bytes] | None = None
+
+    def __call__(self, start: int, stop: int) -> pa.Table:
+        """The result for the rows start to stop."""
+        names = [name for name in dict.fromkeys(("id", self.column)) if name in self.rows.column_names]
+        block = select_rows(self.rows, range(start, stop), names)
+        texts = isinstance(self.steps[0], EmbedBatch)
+        batch = {self.column: block[self.column][:] if texts else as_array(load_embeddings(block, self.column))}
+        for step in self.steps:
+            batch = step(batch)
+        ids = {"id": block["id"][:]} if "id" in names else {}
+        table = pa.table(ids | {self.result: fixed_size_column(batch[self.result])})
+        return table.replace_schema_metadata(self.metadata)
 
 
 def embed_texts(
@@ -31,11 +68,13 @@ def embed_texts(
     batch_size: int = 64,
     shard_size: int = 16_384,
     device: str | None = None,
+    quantizer: RQMoEModel | None = None,
+    engine: "RayEngine | None" = None,
 ) -> list[Path]:
     """Embeds texts with a sentence-transformers encoder.
 
     Args:
-        source: Table of texts; see `rqmoe_hf.data.load_table`.
+        source: Table of texts; see `rqmoe_hf.data.load_table`. For Ray: parquet, see `rqmoe_hf.data.ParquetFiles`.
         output: Folder for the shards; each has the column `embeddings`, and `id` if the source has one.
         encoder: Hub id or folder of the encoder.
         text_column: Column that holds the texts.
@@ -45,43 +84,24 @@ def embed_texts(
         batch_size: Texts per forward pass, sorted by length within a shard.
         shard_size: Texts per file.
         device: Where to run, default the best there is.
+        quantizer: Compresses the embeddings in the same pass: the shards then are those of [`compress_shards`].
+        engine: Ray's workers; default this process.
 
     Returns:
         The parquet files.
     """
-    dataset = load_table(source, split) if not isinstance(source, Dataset) else source
-    if text_column not in dataset.column_names:
-        raise ValueError(f"There is no column {text_column!r}; the columns are {', '.join(dataset.column_names)}.")
-    settings = {"job": "embed", "encoder": str(encoder), "dtype": dtype, "text_column": text_column}
-    loaded: list = []  # loading the encoder takes seconds: not before it is needed
-
-    def make(start: int, stop: int) -> pa.Table:
-        if not loaded:
-            loaded.append(load_encoder(encoder, dtype, device))
-        rows = dataset[start:stop]
-        return pa.table(
-            _ids(rows) | {"embeddings": fixed_size_column(encode_batches(loaded[0], rows[text_column], batch_size))}
-        )
-
-    settings |= {"source": fingerprint(dataset)}
-    return write_shards(output, len(dataset), shard_size, settings, make, "embed")
-
-
-def load_encoder(encoder: str, dtype: str = "float32", device: str | None = None):
-    """Loads a SentenceTransformer whose weights have the dtype named."""
-    from sentence_transformers import SentenceTransformer
-
-    return SentenceTransformer(str(encoder), device=device, model_kwargs={"dtype": getattr(torch, dtype)})
-
-
-def encode_batches(model, texts: list[str], batch_size: int, show_progress_bar: bool = False) -> np.ndarray:
-    """Embeds texts, float32 `(n, d)`; unit norms that bfloat16 has blurred are restored."""
-    tensors = model.encode(texts, batch_size=batch_size, show_progress_bar=show_progress_bar, convert_to_tensor=True)
-    embeddings = tensors.float()
-    norms = embeddings.norm(dim=-1, keepdim=True)
-    if bool((norms - 1).abs().max() < 0.02):  # unit norm up to bfloat16's rounding
-        embeddings = embeddings / norms
-    return embeddings.cpu().numpy()
+    rows = open_rows(source, split, engine)
+    if text_column not in rows.column_names:
+        raise ValueError(f"There is no column {text_column!r}; the columns are {', '.join(rows.column_names)}.")
+    settings: dict[str, Any] = {"job": "embed", "encoder": str(encoder), "dtype": dtype, "text_column": text_column}
+    embed = EmbedBatch(encoder, text_column, "embeddings", dtype, batch_size, device)
+    make = MakeBlock(rows, text_column, [embed], "embeddings")
+    if quantizer is not None:
+        info = maker_record(quantizer, quantizer.config.num_codebooks)
+        settings |= {"quantizer": info}
+        make = MakeBlock(rows, text_column, [embed, CompressBatch(quantizer)], "codes", codes_metadata(info))
+    settings |= {"source": fingerprint(rows)}
+    return write_shards(output, len(rows), shard_size, settings, make, "embed", engine)
 
 
 def compress_shards(
@@ -95,6 +115,7 @@ def compress_shards(
     beam_size: int | None = None,
     local_search: int | None = None,
     shard_size: int = 65_536,
+    engine: "RayEngine | None" = None,
 ) -> list[Path]:
     """Compresses embeddings to parquet shards with the column `codes` (and `id` if the source has one).
 
@@ -102,7 +123,7 @@ def compress_shards(
     files' schema metadata (`codes_info` reads it).
 
     Args:
-        source: Embeddings; see `rqmoe_hf.data.load_embeddings`.
+        source: Embeddings; see `rqmoe_hf.data.load_embeddings`. For Ray: parquet, see `rqmoe_hf.data.ParquetFiles`.
         output: Folder for the shards.
         model: The quantizer.
         column: Column of the embeddings.
@@ -112,28 +133,23 @@ def compress_shards(
         beam_size: See `RQMoEModel.compress`.
         local_search: See `RQMoEModel.compress`.
         shard_size: Vectors per file.
+        engine: Ray's workers; default this process.
 
     Returns:
         The parquet files.
     """
-    table = None
-    if Path(source).suffix not in (".npy", ".fvecs", ".bvecs"):
-        table = load_table(source, split)
-    dataset = load_embeddings(source if table is None else table, column, split)
-    ids = table.select_columns(["id"]) if table is not None and "id" in table.column_names else None
+    is_array = engine is None and not is_url(source) and Path(source).suffix in (".npy", ".fvecs", ".bvecs")
+    rows = load_embeddings(source) if is_array else open_rows(source, split, engine)
     steps = model.config.num_codebooks if num_codebooks is None else num_codebooks
     search: dict = {"num_codebooks": steps, "num_candidates": num_candidates, "beam_size": beam_size}
     if local_search is not None:  # not among the settings of jobs that were begun without it
         search["local_search"] = local_search
     info = maker_record(model, steps)
-
-    def make(start: int, stop: int) -> pa.Table:
-        codes = model.compress(as_array(dataset, np.arange(start, stop)), **search, show_progress_bar=False)
-        made = pa.table(({} if ids is None else _ids(ids[start:stop])) | {"codes": fixed_size_column(codes)})
-        return made.replace_schema_metadata({CODES_METADATA: json.dumps(info).encode()})
-
-    settings = {"job": "compress", "quantizer": info, **search, "column": column, "source": fingerprint(dataset)}
-    return write_shards(output, len(dataset), shard_size, settings, make, "compress")
+    name = "embeddings" if is_array else column
+    make = MakeBlock(rows, name, [CompressBatch(model, name, **search)], "codes", codes_metadata(info))
+    seen = fingerprint(rows, lambda sample: load_embeddings(sample, name))
+    settings = {"job": "compress", "quantizer": info, **search, "column": column, "source": seen}
+    return write_shards(output, len(rows), shard_size, settings, make, "compress", engine)
 
 
 def decompress_shards(
@@ -215,14 +231,44 @@ def check_quantizer(info: dict, quantizer: RQMoEModel, origin: object) -> None:
         )
 
 
-def _ids(rows: dict) -> dict:
-    return {"id": rows["id"]} if "id" in rows else {}
+def codes_metadata(info: dict) -> dict[bytes, bytes]:
+    """What the schema of a file of codes says of their quantizer."""
+    return {CODES_METADATA: json.dumps(info).encode()}
 
 
-def fingerprint(dataset: Dataset) -> str:
-    """Changes with the content of the data set, not with where its copy in the cache lies."""
-    digest = hashlib.sha256(f"{len(dataset)} {dataset.column_names}".encode())
-    rows = np.unique(np.linspace(0, len(dataset) - 1, 64).astype(int))
-    for column in dataset.select(rows).with_format("arrow")[:].columns:
+def open_rows(
+    source: str | os.PathLike | Dataset, split: str = "train", engine: "RayEngine | None" = None
+) -> Dataset | ParquetFiles:
+    """Opens the source of a job: as a `datasets.Dataset` for this process, in place for the workers of an engine."""
+    if engine is None:
+        return source if isinstance(source, Dataset) else load_table(source, split)
+    if isinstance(source, Dataset):
+        raise ValueError("Workers cannot read a data set of this process: give the folder or URL of parquet files.")
+    if not is_url(source) and not Path(source).exists():
+        raise ValueError(
+            f"There is no file or folder {source}. Ray's workers read parquet files in place: a path or a URL such as "
+            "s3://bucket/folder; a data set on the Hub is hf://datasets/org/name/folder."
+        )
+    return ParquetFiles(source)
+
+
+def select_rows(rows: Dataset | ParquetFiles, wanted: range | np.ndarray, columns: list[str]) -> Dataset:
+    """Some rows and columns of a source."""
+    if isinstance(rows, ParquetFiles):
+        return rows.select(wanted, columns)
+    return rows.select_columns(columns).select(wanted)
+
+
+def fingerprint(rows: Dataset | ParquetFiles, view: Callable[[Dataset], Dataset] = lambda sample: sample) -> str:
+    """Changes with the content of the data set, not with where its copy in the cache lies.
+
+    Args:
+        rows: The data set.
+        view: Gives the part of it that counts.
+    """
+    wanted = np.unique(np.linspace(0, len(rows) - 1, 64).astype(int))
+    sample = view(rows.select(wanted))
+    digest = hashlib.sha256(f"{len(rows)} {sample.column_names}".encode())
+    for column in sample.with_format("arrow")[:].columns:
         digest.update(repr(column.to_pylist()).encode())
     return digest.hexdigest()[:16]

@@ -2,8 +2,10 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -12,14 +14,43 @@ from tqdm.auto import tqdm
 
 MANIFEST = "rqmoe_job.json"
 
+MakeTable = Callable[[int, int], pa.Table]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a job: the rows start to stop."""
+
+    file: Path
+    start: int
+    stop: int
+
+
+class Engine(Protocol):
+    """What does the work of shards, in any order."""
+
+    def run(self, make: MakeTable, shards: list[Shard]) -> Iterator[tuple[Shard, pa.Buffer]]:
+        """Gives each shard once, with the content of its file."""
+        ...
+
+
+class OneProcess:
+    """The engine that works here, one shard after the other."""
+
+    def run(self, make: MakeTable, shards: list[Shard]) -> Iterator[tuple[Shard, pa.Buffer]]:
+        """Gives each shard with the content of its file."""
+        for shard in shards:
+            yield shard, parquet_file(make(shard.start, shard.stop))
+
 
 def write_shards(
     output: str | os.PathLike,
     rows: int,
     shard_size: int,
     settings: dict,
-    make: Callable[[int, int], pa.Table],
+    make: MakeTable,
     description: str,
+    engine: Engine | None = None,
 ) -> list[Path]:
     """Writes `part-00000.parquet` and so on, continuing where an earlier run with the same settings stopped.
 
@@ -30,6 +61,8 @@ def write_shards(
         settings: What the result depends on. It is kept in `rqmoe_job.json`, and a run with other settings is refused.
         make: Gives the table of the rows start to stop.
         description: For the progress bar.
+        engine: What does the work, default this process. Only this process writes files, so a worker that dies leaves
+            nothing behind.
 
     Returns:
         The files.
@@ -40,20 +73,38 @@ def write_shards(
     output = Path(output)
     if rows < 1 or shard_size < 1:
         raise ValueError(f"Nothing to do: {rows} rows in shards of {shard_size}.")
+    new_folder, new_job = not output.exists(), not (output / MANIFEST).exists()
     _claim(output, {**settings, "rows": rows, "shard_size": shard_size})
     starts = range(0, rows, shard_size)
-    files = [output / f"part-{index:05d}.parquet" for index in range(len(starts))]
-    done = sum(file.exists() for file in files)
-    with tqdm(total=rows, initial=min(done * shard_size, rows), desc=description, unit="row") as bar:
-        for start, file in zip(starts, files, strict=True):
-            if file.exists():
-                continue
-            stop = min(start + shard_size, rows)
-            scratch = file.with_name(f".{file.name}.tmp")
-            pq.write_table(make(start, stop), scratch, compression="zstd")
-            os.replace(scratch, file)
-            bar.update(stop - start)
-    return files
+    shards = [
+        Shard(output / f"part-{index:05d}.parquet", start, min(start + shard_size, rows))
+        for index, start in enumerate(starts)
+    ]
+    pending = [shard for shard in shards if not shard.file.exists()]
+    done = rows - sum(shard.stop - shard.start for shard in pending)
+    try:
+        with tqdm(total=rows, initial=done, desc=description, unit="row") as bar:
+            for shard, content in (engine or OneProcess()).run(make, pending) if pending else ():
+                _write_whole(shard.file, content)
+                bar.update(shard.stop - shard.start)
+    except Exception:
+        if new_job and not any(shard.file.exists() for shard in shards):  # bad input leaves nothing behind
+            _unclaim(output, new_folder)
+        raise
+    return [shard.file for shard in shards]
+
+
+def parquet_file(table: pa.Table) -> pa.Buffer:
+    """The content of a shard's file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
+
+
+def _write_whole(file: Path, content: pa.Buffer) -> None:
+    scratch = file.with_name(f".{file.name}.tmp")
+    scratch.write_bytes(content)
+    os.replace(scratch, file)
 
 
 def _claim(output: Path, settings: dict) -> None:
@@ -73,9 +124,16 @@ def _claim(output: Path, settings: dict) -> None:
     for leftover in output.glob(".*.tmp"):
         leftover.unlink()
     if not manifest.exists():
-        scratch = output / f".{MANIFEST}.tmp"
-        scratch.write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
-        os.replace(scratch, manifest)
+        _write_whole(manifest, pa.py_buffer((json.dumps(settings, indent=1) + "\n").encode()))
+
+
+def _unclaim(output: Path, new_folder: bool) -> None:
+    """Takes back a claim that led to no file."""
+    (output / MANIFEST).unlink(missing_ok=True)
+    for leftover in output.glob(".part-*.tmp"):
+        leftover.unlink()
+    if new_folder and not any(output.iterdir()):
+        output.rmdir()
 
 
 def fixed_size_column(values: np.ndarray) -> pa.FixedSizeListArray:

@@ -9,6 +9,8 @@ from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_f
 from datasets.exceptions import DatasetGenerationError
 from faiss.contrib.vecs_io import bvecs_mmap, fvecs_mmap
 
+from .parquet import is_url, parquet_urls
+
 FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 
 
@@ -16,13 +18,16 @@ def load_table(source: str | os.PathLike, split: str = "train", streaming: bool 
     """Opens a table: a file, a folder of parquet files, a folder of `save_to_disk`, or a data set id on the Hub.
 
     Args:
-        source: Path ending in .parquet, .arrow, .jsonl, .json, .csv or .txt (one text per line), a folder, or an id.
+        source: Path ending in .parquet, .arrow, .jsonl, .json, .csv or .txt (one text per line), a folder, an id, or
+            the URL of a parquet file or of a folder of them, such as `hf://datasets/org/name/folder`.
         split: Split of a Hub data set or of a saved DatasetDict.
         streaming: Read rows as they come, without a copy in the cache.
 
     Raises:
         ValueError: If there is no such source.
     """
+    if is_url(source):
+        return _built("parquet", parquet_urls(str(source)), streaming)
     path = Path(source)
     if path.is_dir():
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
@@ -43,10 +48,10 @@ def load_table(source: str | os.PathLike, split: str = "train", streaming: bool 
 
 
 def _built(builder: str, files: str | list[str], streaming: bool) -> Dataset | IterableDataset:
-    """A table of local files, whose damage comes to light as a ValueError that names them."""
+    """A table of files, whose damage comes to light as a ValueError that names them."""
     try:
         return load_dataset(builder, data_files=files, split="train", streaming=streaming)
-    except (DatasetGenerationError, pa.ArrowException, OSError, UnicodeError) as error:
+    except (DatasetGenerationError, pa.ArrowException, OSError, UnicodeError, ImportError) as error:
         reason = error.__cause__ or error
         raise ValueError(f"{files if isinstance(files, str) else files[0]} cannot be read: {reason}") from error
 
@@ -72,7 +77,7 @@ def load_embeddings(
         ValueError: If the source or the column does not exist, or the rows are no vectors of one length.
     """
     path = Path(source) if isinstance(source, (str, os.PathLike)) else None
-    suffix = None if path is None else path.suffix
+    suffix = None if path is None or is_url(str(source)) else path.suffix
     if path is not None and suffix in (".npy", ".fvecs", ".bvecs") and not path.is_file():
         raise ValueError(f"There is no file {path}.")
     if path is not None and suffix == ".npy":

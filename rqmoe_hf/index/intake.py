@@ -56,7 +56,7 @@ class TextEncoder:
             )
         if not isinstance(self.encoder, str):
             return self.encoder
-        from ..data.jobs import load_encoder
+        from ..data.batches import load_encoder
 
         loaded: EncodesTexts = load_encoder(self.encoder)
         self.encoder = loaded
