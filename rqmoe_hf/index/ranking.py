@@ -7,13 +7,12 @@ import numpy as np
 
 from ..codes import bits_per_code, bytes_per_vector, sizes_of
 from ..modeling_rqmoe import RQMoEModel
-from .documents import DamagedRowsError, Database, State, codes_array, floats_array
+from .documents import DamagedRowsError, Database, State, codes_array
+from .rescoring import FOREIGN, Rescorer, normalized
 from .scanning import FIT_ROWS, POINTS_PER_LIST, Scanner, exact_codewords, fit_scanner
 
 FLAT_UP_TO = 50_000  # codes
 GROWTH = 4  # tables and lists are made anew when the collection has grown so much
-FOREIGN = "The snapshot of the index does not belong to its database: delete scan-*.safetensors; it is made anew."
-BLOCK = 16_384  # vectors restored at a time
 DECODE_UP_TO = 1_024  # rows that a filter leaves: scanning them would not pay
 SHORTLIST = 100
 LEAST_LISTS = 32
@@ -29,7 +28,7 @@ class Progress:
     fitted: int
 
 
-class Ranker:
+class Ranker(Rescorer):
     """Searches the codes of a database.
 
     Args:
@@ -44,18 +43,9 @@ class Ranker:
     def __init__(
         self, quantizer: RQMoEModel, database: Database, steps: int, metric: str, kind: str, num_lists: int | None
     ):
-        self.quantizer, self.database, self.steps = quantizer, database, steps
-        self.metric, self.kind, self.num_lists = metric, kind, num_lists
-        # Reconstructions are shorter than what they stand for; where that had norm 1, they are given it back.
-        self.normalizes = metric == "cosine" or quantizer.is_unit_norm
-        self.scanned = "cosine" if self.normalizes else metric  # among vectors of norm 1 all metrics rank alike
-        self.scanner: Scanner | None = None
+        super().__init__(quantizer, steps, metric)
+        self.database, self.kind, self.num_lists = database, kind, num_lists
         self.progress = Progress(-1, 0, 0, 0)
-
-    def restore(self, codes: np.ndarray) -> np.ndarray:
-        """What packed codes stand for, float32 `(n, hidden_size)`."""
-        restored = self.quantizer.decompress(codes, self.steps, show_progress_bar=False)
-        return normalized(restored) if self.quantizer.is_unit_norm else restored
 
     # --- the scanner follows the database --------------------------------------------------------------------------
 
@@ -174,7 +164,7 @@ class Ranker:
             candidates = np.broadcast_to(rows, (len(queries), len(rows)))
         else:
             candidates = self._shortlist(queries, count, shortlist, nprobe, allowed, self.refresh(state))
-        scores, rows = self._rank(queries, candidates, count, rescore)
+        scores, rows = self.rank(queries, candidates, count, rescore, self.database)
         if (rows < 0).any():
             raise ValueError(f"{self.database.file}: {FOREIGN}")
         return scores, rows
@@ -191,59 +181,3 @@ class Ranker:
             if short.any():
                 rows[short] = scanner.search(asked[short], shortlist, scanner.lists)[1]
         return rows
-
-    def _rank(self, queries, candidates, count: int, rescore: str) -> tuple[np.ndarray, np.ndarray]:
-        """The best candidates by what they are restored to; the lower row first among equals."""
-        scores = np.empty((len(queries), count), np.float32)
-        rows = np.empty((len(queries), count), np.int64)
-        height = max(1, BLOCK // candidates.shape[1])
-        for start in range(0, len(queries), height):
-            block = slice(start, start + height)
-            best = np.empty((len(queries[block]), 0), np.float32)
-            kept = np.empty((len(queries[block]), 0), np.int64)
-            for left in range(0, candidates.shape[1], BLOCK):
-                part = candidates[block, left : left + BLOCK]
-                best = np.hstack([best, self._scores(queries[block], part, rescore)])
-                kept = np.hstack([kept, part])
-                order = np.lexsort((kept, -best), axis=1)[:, :count]
-                best, kept = np.take_along_axis(best, order, 1), np.take_along_axis(kept, order, 1)
-            scores[block], rows[block] = best, kept
-        return scores, rows
-
-    def _scores(self, queries: np.ndarray, rows: np.ndarray, rescore: str) -> np.ndarray:
-        """Scores of candidates `(n, m)`; minus infinity where there is none."""
-        wanted, places = np.unique(rows, return_inverse=True)
-        vectors = np.zeros((len(wanted), queries.shape[1]), np.float32)
-        there = wanted >= 0
-        if there.any():
-            vectors[there] = self.vectors_of(wanted[there], rescore)
-        vectors = vectors[places.reshape(rows.shape)]  # (n, m, d)
-        if self.metric == "l2":
-            scores = -np.square(vectors - queries[:, None]).sum(axis=2)
-        else:
-            scores = np.einsum("nmd,nd->nm", vectors, queries)
-        scores[rows < 0] = -np.inf
-        return scores
-
-    def vectors_of(self, rows: np.ndarray, source: str) -> np.ndarray:
-        """What is known of rows, float32 `(n, hidden_size)`: their floats, reconstructions or sums of tables."""
-        found = self.database.codes_of(rows)
-        if len(found) < len(rows):
-            raise ValueError(f"{self.database.file}: {FOREIGN}")
-        codes = codes_array([found[row] for row in rows.tolist()])
-        by_tables = source == "tables" or not self.quantizer.config.has_experts  # which are exact then, and quicker
-        try:
-            vectors = self.scanner.sums(codes) if by_tables and self.scanner is not None else self.restore(codes)
-        except ValueError as error:  # codes that no quantizer of these sizes makes
-            raise DamagedRowsError(str(error).rstrip(".")) from error
-        if source == "floats":
-            kept = self.database.floats_of(rows)
-            for place, row in enumerate(rows.tolist()):
-                if row in kept:
-                    vectors[place] = floats_array(kept[row], vectors.shape[1])
-        return normalized(vectors) if self.normalizes else vectors
-
-
-def normalized(vectors: np.ndarray) -> np.ndarray:
-    """The vectors at norm 1; those of norm 0 stay."""
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
