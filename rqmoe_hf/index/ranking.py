@@ -1,6 +1,6 @@
 """The stages of a search: tables choose a shortlist, and what is known better ranks it."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,7 @@ from ..codes import bits_per_code, bytes_per_vector, sizes_of
 from ..modeling_rqmoe import RQMoEModel
 from .documents import DamagedRowsError, Database, State, codes_array
 from .rescoring import FOREIGN, Rescorer, normalized
-from .scanning import FIT_ROWS, POINTS_PER_LIST, Scanner, exact_codewords, fit_scanner
+from .scanning import FIT_ROWS, POINTS_PER_LIST, Scanner, Tables, exact_codewords, fit_scanner
 
 FLAT_UP_TO = 50_000  # codes
 GROWTH = 4  # tables and lists are made anew when the collection has grown so much
@@ -26,6 +26,51 @@ class Progress:
     row: int
     removal: int
     fitted: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one search asks of the stages.
+
+    Args:
+        count: Hits per query.
+        shortlist: Rows that the tables choose.
+        share: Of all rows that may be found, how many that is.
+        everything: Rank all rows that may be found, without the tables.
+    """
+
+    count: int
+    shortlist: int
+    share: float
+    everything: bool
+
+
+def make_plan(total: int, top_k: int, shortlist: int, rescore: str, restricted: bool) -> Plan:
+    """The plan of a search among `total` rows, which are all there are unless it is restricted to some."""
+    count = min(top_k, total)
+    shortlist = min(max(shortlist, count), total)
+    few = shortlist == total or (restricted and total <= DECODE_UP_TO)
+    return Plan(count, shortlist, shortlist / max(total, 1), few and rescore != "tables")
+
+
+def number_of_lists(kind: str, num_lists: int | None, count: int) -> int:
+    """Inverted lists for so many codes; 1 for a flat scan."""
+    if kind == "flat" or (kind == "auto" and count < FLAT_UP_TO):
+        return 1
+    return min(num_lists or round(count**0.5), max(count, 1))
+
+
+def sample_of(rows: np.ndarray, lists: int) -> np.ndarray:
+    """Those of the rows, in their order, on whose codes tables and lists are fitted."""
+    wanted = max(FIT_ROWS, POINTS_PER_LIST * lists)
+    if len(rows) <= wanted:
+        return rows
+    return rows[np.sort(np.random.default_rng(0).choice(len(rows), wanted, replace=False))]
+
+
+def outgrown(count: int, fitted: int, lists: int, wanted_lists: int) -> bool:
+    """Whether tables fitted on `fitted` rows are to be made anew for so many."""
+    return count > GROWTH * fitted or (wanted_lists > 1 and lists == 1)
 
 
 class Ranker(Rescorer):
@@ -46,6 +91,13 @@ class Ranker(Rescorer):
         super().__init__(quantizer, steps, metric)
         self.database, self.kind, self.num_lists = database, kind, num_lists
         self.progress = Progress(-1, 0, 0, 0)
+        self.shared: Tables | None = None  # with other shards, so that they are not fitted to this one's codes
+
+    def share(self, tables: Tables, fitted: int) -> None:
+        """Scores by tables fitted on so many codes of all shards from now on."""
+        if self.scanner is None or self.scanner.tables.digest != tables.digest:
+            self.scanner = None
+        self.shared, self.progress.fitted = tables, fitted
 
     # --- the scanner follows the database --------------------------------------------------------------------------
 
@@ -54,7 +106,8 @@ class Ranker(Rescorer):
         progress = self.progress
         if self.scanner is None or state.forgotten > progress.removal:
             return self.rebuild(state)
-        if state.count > GROWTH * progress.fitted or (self._lists(state.count) > 1 and self.scanner.lists == 1):
+        lists = number_of_lists(self.kind, self.num_lists, state.count)
+        if self.shared is None and outgrown(state.count, progress.fitted, self.scanner.lists, lists):
             return self.rebuild(state)
         if state.version != progress.version:
             rows, removal = self.database.removed(progress.removal)
@@ -88,16 +141,12 @@ class Ranker(Rescorer):
         return True
 
     def rebuild(self, state: State) -> Scanner:
-        """A scanner with tables and lists fitted to what is there now."""
-        sample, lists = self._sample(state.count), self._lists(state.count)
-        try:
-            scanner = fit_scanner(self.quantizer, sample, self.steps, self.scanned, lists)
-        except ValueError as error:
-            raise DamagedRowsError(str(error).rstrip(".")) from error
+        """A scanner with tables and lists fitted to what is there now, or shared ones."""
+        scanner, fitted = self._empty(state), state.count if self.shared is None else self.progress.fitted
         removal = self.database.removed(self.progress.removal)[1]
         last = self._scan_from(scanner, 0)
         self.scanner = scanner
-        self.progress = Progress(state.version, last, max(removal, state.forgotten), state.count)
+        self.progress = Progress(state.version, last, max(removal, state.forgotten), fitted)
         return scanner
 
     def _scan_from(self, scanner: Scanner, row: int) -> int:
@@ -113,18 +162,18 @@ class Ranker(Rescorer):
         scanner.add(batches())
         return last
 
-    def _sample(self, count: int) -> np.ndarray:
-        """Codes of random rows, enough to fit tables and lists."""
-        wanted = max(FIT_ROWS, POINTS_PER_LIST * self._lists(count))
-        rows = self.database.matching(None)
-        if len(rows) > wanted:
-            rows = np.sort(np.random.default_rng(0).choice(rows, wanted, replace=False))
-        return codes_array(list(self.database.codes_of(rows).values()))
-
-    def _lists(self, count: int) -> int:
-        if self.kind == "flat" or (self.kind == "auto" and count < FLAT_UP_TO):
-            return 1
-        return min(self.num_lists or round(count**0.5), max(count, 1))
+    def _empty(self, state: State) -> Scanner:
+        """A scanner without rows."""
+        if self.shared is not None:
+            sizes = sizes_of(self.steps, self.quantizer.config.code_sizes)
+            return Scanner(replace(self.shared), bytes_per_vector(self.steps, sizes), self.scanned)
+        lists = number_of_lists(self.kind, self.num_lists, state.count)
+        rows = sample_of(self.database.matching(None), lists)
+        codes = codes_array(list(self.database.codes_of(rows).values()))
+        try:
+            return fit_scanner(self.quantizer, codes, self.steps, self.scanned, lists)
+        except ValueError as error:
+            raise DamagedRowsError(str(error).rstrip(".")) from error
 
     # --- searching -----------------------------------------------------------------------------------------------
 
@@ -152,32 +201,34 @@ class Ranker(Rescorer):
             state: That of the transaction.
         """
         total = state.count if allowed is None else len(allowed)
-        count = min(top_k, total)
-        shortlist = min(max(shortlist, count), total)
+        plan = make_plan(total, top_k, shortlist, rescore, allowed is not None)
         if self.metric == "cosine":
             queries = normalized(queries)
-        if not count:
+        if not plan.count:
             return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
-        everything = shortlist == total or (allowed is not None and total <= DECODE_UP_TO)
-        if everything and rescore != "tables":
+        if plan.everything:
             rows = self.database.matching(None) if allowed is None else allowed
             candidates = np.broadcast_to(rows, (len(queries), len(rows)))
         else:
-            candidates = self._shortlist(queries, count, shortlist, nprobe, allowed, self.refresh(state))
-        scores, rows = self.rank(queries, candidates, count, rescore, self.database)
+            candidates = self._shortlist(queries, plan, nprobe, allowed, self.refresh(state))
+        scores, rows = self.rank(queries, candidates, plan.count, rescore, self.database)
         if (rows < 0).any():
             raise ValueError(f"{self.database.file}: {FOREIGN}")
         return scores, rows
 
     def _shortlist(
-        self, queries, count: int, shortlist: int, nprobe: int | None, allowed, scanner: Scanner
+        self, queries: np.ndarray, plan: Plan, nprobe: int | None, allowed: np.ndarray | None, scanner: Scanner
     ) -> np.ndarray:
         """Rows that the tables rank highest, `(n, shortlist)`, -1 where there are fewer."""
-        asked = normalized(queries) if self.scanned == "cosine" else queries
-        probed = nprobe or max(LEAST_LISTS, scanner.lists // 16)
-        rows = scanner.search(asked, shortlist, probed, allowed)[1]
+        asked, probed = self.asked(queries), probed_lists(nprobe, scanner.lists)
+        rows = scanner.search(asked, plan.shortlist, probed, allowed)[1]
         if allowed is None and probed < scanner.lists:
-            short = (rows >= 0).sum(axis=1) < count  # the lists scanned hold too few
+            short = (rows >= 0).sum(axis=1) < plan.count  # the lists scanned hold too few
             if short.any():
-                rows[short] = scanner.search(asked[short], shortlist, scanner.lists)[1]
+                rows[short] = scanner.search(asked[short], plan.shortlist, scanner.lists)[1]
         return rows
+
+
+def probed_lists(nprobe: int | None, lists: int) -> int:
+    """Lists to scan: what is asked for, otherwise a sixteenth of them, at least 32."""
+    return nprobe or max(LEAST_LISTS, lists // 16)

@@ -48,6 +48,10 @@ class Rescorer:
         restored = self.quantizer.decompress(codes, self.steps, show_progress_bar=False)
         return normalized(restored) if self.quantizer.is_unit_norm else restored
 
+    def asked(self, queries: np.ndarray) -> np.ndarray:
+        """Queries as scanners take them, float32 `(n, hidden_size)`."""
+        return normalized(queries) if self.scanned == "cosine" else queries
+
     def rank(
         self, queries: np.ndarray, candidates: np.ndarray, count: int, rescore: str, known: KnowsRows
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -65,7 +69,7 @@ class Rescorer:
         """
         scores = np.empty((len(queries), count), np.float32)
         rows = np.empty((len(queries), count), np.int64)
-        height = max(1, BLOCK // candidates.shape[1])
+        height = max(1, BLOCK // max(candidates.shape[1], 1))
         for start in range(0, len(queries), height):
             block = slice(start, start + height)
             best = np.empty((len(queries[block]), 0), np.float32)
