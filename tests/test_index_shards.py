@@ -5,8 +5,10 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 from conftest import MEMBERS, SIZE, randomize
+from typer.testing import CliRunner
 
 from rqmoe_hf import RQMoEModel
+from rqmoe_hf.cli import app
 from rqmoe_hf.index import RQMoEIndex, RQMoEShards, verify
 
 METRICS = ("cosine", "inner_product", "l2")
@@ -210,3 +212,21 @@ def test_bad_folders(additive, clustered, tmp_path):
     file.write_bytes(content)
     with pytest.raises(ValueError, match=f"{file} is damaged"):
         RQMoEShards(folders, additive)
+
+
+def test_the_command_line(passages, encoder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in range(2):
+        rows = range(number * 128, number * 128 + 128)
+        with RQMoEIndex("minilm-384-8-bytes", f"shard-{number}", encoder=encoder) as index:
+            index.add(texts=[passages[row] for row in rows], ids=rows)
+    rqmoe = CliRunner()
+    aligned = rqmoe.invoke(app, ["index", "align", "shard-0", "shard-1"])
+    assert aligned.stdout.endswith("2 shards of 256 vectors are scored by the same tables.\n")
+    merged = rqmoe.invoke(app, ["index", "merge", "shard-0", "shard-1", "--output", "one"])
+    assert merged.stdout.endswith("one holds 256 vectors.\n")
+    expected = rqmoe.invoke(app, ["index", "search", "one", "sorting a list", "-k", "9"]).stdout
+    found = rqmoe.invoke(app, ["index", "search", "shard-0", "sorting a list", "-k", "9", "--shard", "shard-1"]).stdout
+    assert found == expected and found.count("\n") == 10
+    with pytest.raises(ValueError, match="one is there already"):
+        rqmoe.invoke(app, ["index", "merge", "shard-0", "shard-1", "--output", "one"], catch_exceptions=False)

@@ -59,6 +59,8 @@ class RQMoEShards:
     ```
     """
 
+    _threads = 4  # that may search at a time without waiting for each other
+
     def __init__(
         self,
         folders: Sequence[str | os.PathLike],
@@ -66,11 +68,7 @@ class RQMoEShards:
         encoder: Encoder | None = None,
         check: bool = True,
     ):
-        if isinstance(folders, (str, os.PathLike)) or not len(folders):
-            raise ValueError(f"Expected a list of folders, one per shard, got {folders!r}.")
-        paths = [Path(folder).resolve() for folder in folders]
-        if len(set(paths)) < len(paths):
-            raise ValueError("A folder is named twice: name every shard once.")
+        folders = self._checked_folders(folders)
         self._indexes: list[RQMoEIndex] = []
         try:
             for folder in folders:
@@ -83,10 +81,20 @@ class RQMoEShards:
                 index.close()
             raise
 
+    @staticmethod
+    def _checked_folders(folders: Sequence[str | os.PathLike]) -> list[Path]:
+        """The folders of different shards."""
+        if isinstance(folders, (str, os.PathLike)) or not len(folders):
+            raise ValueError(f"Expected a list of folders, one per shard, got {folders!r}.")
+        paths = [Path(folder).absolute() for folder in folders]
+        if len({path.resolve() for path in paths}) < len(paths):
+            raise ValueError("A folder is named twice: name every shard once.")
+        return paths
+
     def _join(self, shards: Sequence[Any], quantizer: RQMoEModel, encoder: Encoder | None, check: bool) -> None:
         """Takes shards, here or elsewhere, that agree on everything but their tables."""
         self.quantizer, self._shards = quantizer, shards
-        self._pool = ThreadPoolExecutor(4 * len(shards))
+        self._pool = ThreadPoolExecutor(self._threads * len(shards))
         facts = self._each("facts")
         check_shards(self._shards, facts, self._each("keys") if check else None)
         self.settings: dict[str, Any] = facts[0].settings
