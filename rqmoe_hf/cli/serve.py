@@ -36,7 +36,7 @@ def serve(
         raise ValueError("The page's web server is not installed: pip install 'rqmoe-hf[serve]'.") from error
     if engine == "ray":
         try:
-            from ..serve import replicas as _  # noqa: F401
+            from ..serve.replicas import ReplicatedShards  # noqa: F401
         except ImportError as error:
             raise ValueError('Ray Serve is not installed: pip install "rqmoe-hf[ray]".') from error
     run(folder, model, encoder, host, port, exact_up_to, shards or [], replicas if engine == "ray" else 0)

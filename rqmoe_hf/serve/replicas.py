@@ -1,10 +1,12 @@
 """Shards that are searched in other processes and on other machines: Ray Serve keeps replicas of each."""
 
+import logging
 import os
 import time
 import uuid
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is imported
@@ -23,6 +25,7 @@ from ..index import RQMoEIndex, RQMoEShards
 from ..index.intake import Encoder
 from ..index.scanning import Scanner
 from ..index.shard import Facts, Shard
+from ..index.storage import IndexFolder
 from ..modeling_rqmoe import RQMoEModel
 
 SECONDS = 30  # in which an answer is tried to be had, from whichever replica
@@ -68,7 +71,7 @@ class RemoteShard:
         Raises:
             TimeoutError: If none answers in time.
         """
-        end, failure = time.monotonic() + SECONDS, None
+        end, failure = time.monotonic() + SECONDS, Exception()
         while (left := end - time.monotonic()) > 0:
             answer = getattr(self._handle, method).remote(*arguments)
             try:
@@ -88,8 +91,8 @@ class ReplicatedShards(RQMoEShards):
     """Shards with replicas in processes of their own, searched as one index; see [`RQMoEShards`].
 
     Joins the Ray cluster that the environment variable `RAY_ADDRESS` names, over whose machines Ray Serve spreads the
-    replicas; every machine must have the folders. Without one it starts Ray for this computer, which only this
-    computer reaches. A replica that is lost is started again, and what it left unanswered is asked of another one.
+    replicas; every machine must have the folders. Without one it starts Ray for this process. A replica that is lost
+    is started again, and what it left unanswered is asked of another one.
 
     Args:
         folders: Of the shards, in their order, aligned by `rqmoe index align`.
@@ -113,8 +116,9 @@ class ReplicatedShards(RQMoEShards):
         if replicas < 1:
             raise ValueError(f"replicas must be at least 1, got {replicas}.")
         paths = self._checked_folders(folders)
-        self._indexes, self._applications = [], []
-        self._started = _start_ray(len(paths) * replicas)
+        self._indexes = []
+        self._applications: list[str] = []
+        self._started = _start_ray()
         try:
             shards = [self._deployed(str(path), quantizer, replicas) for path in paths]
             self._join(shards, _quantizer_of(shards[0].facts(), quantizer), encoder, check=True)
@@ -125,13 +129,16 @@ class ReplicatedShards(RQMoEShards):
 
     def _deployed(self, folder: str, quantizer: str | None, replicas: int) -> RemoteShard:
         """A shard whose replicas are there."""
+        if Path(folder).exists() or len(ray.nodes()) == 1:  # otherwise only the other machines can tell
+            IndexFolder(folder).read()
         name = f"rqmoe-{uuid.uuid4().hex[:12]}"
-        deployment = serve.deployment(ShardReplica, name="shard").options(
+        deployment: Any = serve.deployment(ShardReplica, name="shard")
+        deployment = deployment.options(
             num_replicas=replicas,
             max_ongoing_requests=SEARCHES,
             health_check_period_s=2,
             graceful_shutdown_timeout_s=2,
-            ray_actor_options={"num_cpus": 1},
+            ray_actor_options={"num_cpus": 0},  # a replica waits most of the time, and must not wait for a processor
         )
         self._applications.append(name)
         try:
@@ -166,16 +173,15 @@ class ReplicatedShards(RQMoEShards):
             ray.shutdown()
 
 
-def _start_ray(processes: int) -> bool:
+def _start_ray() -> bool:
     """Joins or starts Ray and its Serve, without its HTTP proxy; whether it was started for this process alone."""
     started = False
     if not ray.is_initialized():
         started = not os.environ.get("RAY_ADDRESS")
-        # As many processors as replicas claim one, so that a small computer holds them, too.
-        alone: dict[str, Any] = {"num_cpus": max(processes, os.cpu_count() or 1), "include_dashboard": False,
-                                 "_node_ip_address": "127.0.0.1"}  # fmt: skip
-        ray.init(log_to_driver=False, **(alone if started else {}))
+        alone: dict[str, Any] = {"include_dashboard": False} if started else {}
+        ray.init(log_to_driver=False, logging_level=logging.WARNING, **alone)
     serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     return started
 
 
