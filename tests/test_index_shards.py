@@ -95,6 +95,9 @@ def test_shards_of_a_few_rows_or_none(additive, clustered, queries, tmp_path):
     with RQMoEShards(folders, additive) as shards:
         same(shards.search(queries, 10, shortlist=50), RQMoEIndex.load(tmp_path / "one", additive).search(
             queries, 10, shortlist=50))  # fmt: skip
+    with RQMoEIndex.load(tmp_path / "one", additive) as unscanned, RQMoEShards(folders, additive) as shards:
+        assert unscanned._ranker.scanner is None
+        same(shards.search(queries, 10, shortlist=400), unscanned.search(queries, 10, shortlist=400))
     empty = RQMoEIndex(additive, tmp_path / "empty")
     with empty, RQMoEShards([tmp_path / "empty"], additive) as shards:
         assert len(shards) == 0 and shards.search(queries, 10)[1].shape == (20, 0)

@@ -106,8 +106,8 @@ def test_replicas_answer_as_one_index(replicated, folders):
         replicated.save()
 
 
-def test_the_page_over_shards(replicated):
-    with serving(LiveShards(replicated, "my shards")) as port:
+def test_the_page_over_shards(folders):
+    with RQMoEShards(folders[:2], encoder=Letters()) as shards, serving(LiveShards(shards, "my shards")) as port:
         about = ask(port, "/api/index")[2]
         assert '"vectors":1200' in about and '"exact":null' in about
         for body, message in (({"query": " "}, "empty"), ({"query": "a", "num_codebooks": 1}, "num_codebooks must be"),
@@ -135,6 +135,18 @@ def test_what_cannot_be_served(replicated, folders, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="run `rqmoe index align`"):  # found before the first search
         ReplicatedShards([folders[3], folders[1]])
     assert len(processes(replicated)) == 4  # those of others stay
+
+
+def test_the_command_serves_shards(folders, monkeypatch):
+    from rqmoe_hf.serve import server
+
+    monkeypatch.setattr(server, "RQMoEShards", lambda folders, *_: RQMoEShards(folders, encoder=Letters()))
+    monkeypatch.setattr(server.uvicorn.Server, "run", lambda self, sockets: None)
+    command = ["serve", str(folders[0]), "--shard", str(folders[1]), "--port", "0"]
+    result = CliRunner().invoke(command_line, command, catch_exceptions=False)
+    assert result.exit_code == 0 and "http://127.0.0.1:" in result.output
+    with pytest.raises(ValueError, match="ids are in more than one shard"):
+        CliRunner().invoke(command_line, [*command, "--shard", str(folders[2])], catch_exceptions=False)
 
 
 def test_without_ray(folders, monkeypatch):

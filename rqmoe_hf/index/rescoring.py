@@ -1,13 +1,16 @@
 """The last stage of a search: a shortlist is ranked by what is known best of each vector."""
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 
+from ..codes import bytes_per_vector
 from ..modeling_rqmoe import RQMoEModel
+from .codewords import exact_codewords
 from .documents import DamagedRowsError, codes_array, floats_array
-from .scanning import Scanner
+from .scanning import Scanner, Tables
 
 FOREIGN = "The snapshot of the index does not belong to its database: delete scan-*.safetensors; it is made anew."
 BLOCK = 16_384  # vectors restored at a time
@@ -47,6 +50,14 @@ class Rescorer:
         """What packed codes stand for, float32 `(n, hidden_size)`."""
         restored = self.quantizer.decompress(codes, self.steps, show_progress_bar=False)
         return normalized(restored) if self.quantizer.is_unit_norm else restored
+
+    @cached_property
+    def _exact(self) -> Scanner:
+        """The tables of an additive quantizer, so that scores are the same before there is a scanner."""
+        codewords = exact_codewords(self.quantizer, self.steps)
+        width = bytes_per_vector(self.steps, self.quantizer.config.code_sizes)
+        flat = np.zeros((1, codewords[0].shape[1]), np.float32)
+        return Scanner(Tables(codewords, None, flat), width, "inner_product")
 
     def asked(self, queries: np.ndarray) -> np.ndarray:
         """Queries as scanners take them, float32 `(n, hidden_size)`."""
@@ -105,8 +116,9 @@ class Rescorer:
             raise ValueError(f"{known.file}: {FOREIGN}")
         codes = codes_array([found[row] for row in rows.tolist()])
         by_tables = source == "tables" or not self.quantizer.config.has_experts  # which are exact then, and quicker
+        tables = self.scanner or (None if self.quantizer.config.has_experts else self._exact)
         try:
-            vectors = self.scanner.sums(codes) if by_tables and self.scanner is not None else self.restore(codes)
+            vectors = tables.sums(codes) if by_tables and tables is not None else self.restore(codes)
         except ValueError as error:  # codes that no quantizer of these sizes makes
             raise DamagedRowsError(str(error).rstrip(".")) from error
         if source == "floats":

@@ -1,6 +1,7 @@
 """A server of the page, until it is stopped."""
 
 import ipaddress
+import os
 import socket
 import sys
 from collections.abc import Sequence
@@ -70,6 +71,9 @@ def _serve_shards(
     if replicas:
         from .replicas import SEARCHES, ReplicatedShards
 
+        if not os.environ.get("RAY_ADDRESS"):
+            print("rqmoe: the ports of Ray itself are open at all addresses of this computer; see Ray's documentation "
+                  "on security.", file=sys.stderr)  # fmt: skip
         opened, searches = ReplicatedShards(folders, quantizer, encoder, replicas), Workers(SEARCHES, CONNECTIONS, 60)
     else:
         opened = RQMoEShards(folders, quantizer, encoder)
