@@ -233,3 +233,11 @@ def test_the_command_line(passages, encoder, tmp_path, monkeypatch):
     assert found == expected and found.count("\n") == 10
     with pytest.raises(ValueError, match="one is there already"):
         rqmoe.invoke(app, ["index", "merge", "shard-0", "shard-1", "--output", "one"], catch_exceptions=False)
+
+
+def test_lists_that_hold_too_little_are_not_the_end(additive, clustered, queries, tmp_path):
+    folders, one = build(additive, tmp_path, clustered, kind="ivf", num_lists=600)  # default: 37 of them are scanned
+    with RQMoEShards(folders, additive) as shards, one:
+        for settings in ({}, {"nprobe": 1}, {"nprobe": 1, "shortlist": 200}):
+            same(shards.search(queries, 150, **settings), one.search(queries, 150, **settings))
+        assert shards.search(queries, 150, nprobe=1)[1].shape == (20, 150)

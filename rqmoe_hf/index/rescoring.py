@@ -116,7 +116,9 @@ class Rescorer:
             raise ValueError(f"{known.file}: {FOREIGN}")
         codes = codes_array([found[row] for row in rows.tolist()])
         by_tables = source == "tables" or not self.quantizer.config.has_experts  # which are exact then, and quicker
-        tables = self.scanner or (None if self.quantizer.config.has_experts else self._exact)
+        tables = self.scanner
+        if tables is None and not self.quantizer.config.has_experts:
+            tables = self._exact
         try:
             vectors = tables.sums(codes) if by_tables and tables is not None else self.restore(codes)
         except ValueError as error:  # codes that no quantizer of these sizes makes

@@ -212,7 +212,7 @@ class RQMoEShards:
         """The shortlists of all shards as one."""
         if not plan.count:
             return Found(np.empty((len(vectors), 0), np.int64))
-        lists = self._rescorer.scanner.lists if self._rescorer.scanner else 1
+        lists = self._rescorer.scanner.lists if self._rescorer.scanner is not None else 1
         probed, asked = probed_lists(nprobe, lists), self._rescorer.asked(vectors)
         question = Question(asked, plan.shortlist, plan.share, probed, plan.everything, floats, self._tables or "",
                             filter)  # fmt: skip
