@@ -1,4 +1,4 @@
-"""The commands: rqmoe index build, add, search, info and verify."""
+"""The commands: rqmoe index build, add, search, align, merge, info and verify."""
 
 import json
 from pathlib import Path
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Search compressed embeddings and their texts. Start with `build`.")
 Folder = Annotated[Path, typer.Argument(help="Folder of the index.")]
+Shards = Annotated[list[Path], typer.Argument(help="Folders of the shards, in their order.")]
 Source = Annotated[
     str, typer.Argument(help=f"{EMBEDDINGS_HELP} Or texts (.txt, .jsonl, .csv, ...), or codes of `rqmoe compress`.")
 ]
@@ -105,15 +106,19 @@ def search(
     filter: Annotated[str | None, typer.Option(help='Filter on metadata, as JSON: {"lang": "en"}.')] = None,
     shortlist: Annotated[int | None, typer.Option(help="Vectors that are ranked by their reconstructions.")] = None,
     encoder: EncoderName = None,
+    shards: Annotated[
+        list[Path] | None, typer.Option("--shard", help="Folder of another shard, searched as one with it. May be repeated.")
+    ] = None,
 ) -> None:
-    """Search an index with texts, once or one after the other."""
-    from ..index import RQMoEIndex
+    """Search an index, or several shards as one, with texts, once or one after the other."""
+    from ..index import RQMoEIndex, RQMoEShards
 
     try:
         wanted = None if filter is None else json.loads(filter)
     except ValueError:
         raise ValueError(f'--filter expects JSON such as {{"lang": "en"}}, got {filter}') from None
-    with RQMoEIndex.load(folder, encoder=encoder) as index:
+    opened = RQMoEShards([folder, *shards], encoder=encoder) if shards else RQMoEIndex.load(folder, encoder=encoder)
+    with opened as index:
         for query in queries or _asked():
             scores, ids = index.search(query, top_k, filter=wanted, shortlist=shortlist)
             found = {document.id: document for document in index.get(ids, missing_ok=True)}
@@ -135,6 +140,25 @@ def _asked():
         if not query.strip():
             return
         yield query
+
+
+@app.command()
+def align(shards: Shards) -> None:
+    """Fit the tables of scanning to all shards together, and keep them in each: they open quickly, and can be served."""
+    from ..index import RQMoEShards
+
+    with RQMoEShards(shards) as opened:
+        opened.save()
+        print(f"{len(shards)} shards of {len(opened):,} vectors are scored by the same tables.")
+
+
+@app.command()
+def merge(shards: Shards, output: Annotated[Path, typer.Option("--output", "-o", help="New folder.")]) -> None:
+    """Copy all shards into one index. Nothing is encoded anew, and the shards stay."""
+    from ..index import RQMoEShards
+
+    with RQMoEShards(shards) as opened, opened.merge(output) as merged:
+        print(f"{output} holds {len(merged):,} vectors.")
 
 
 @app.command()

@@ -19,10 +19,24 @@ def serve(
     exact_up_to: Annotated[
         int, typer.Option(help="Vectors up to which searches are compared with exact ones.", min=0)
     ] = 100_000,
+    shards: Annotated[
+        list[Path] | None, typer.Option("--shard", help="Folder of another shard, searched as one with it. May be repeated.")
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="What searches: local, this process; or ray, replicas of each shard that Ray Serve keeps.")
+    ] = "local",
+    replicas: Annotated[int, typer.Option(help="Replicas of each shard, for --engine ray.", min=1)] = 2,
 ) -> None:
     """Look at an index in the browser: hits, memory, and recall as shortlist and bytes change."""
+    if engine not in ("local", "ray"):
+        raise ValueError(f"--engine must be one of local, ray, got {engine!r}.")
     try:
         from ..serve.server import run
     except ImportError as error:
         raise ValueError("The page's web server is not installed: pip install 'rqmoe-hf[serve]'.") from error
-    run(folder, model, encoder, host, port, exact_up_to)
+    if engine == "ray":
+        try:
+            from ..serve.replicas import ReplicatedShards  # noqa: F401
+        except ImportError as error:
+            raise ValueError('Ray Serve is not installed: pip install "rqmoe-hf[ray]".') from error
+    run(folder, model, encoder, host, port, exact_up_to, shards or [], replicas if engine == "ray" else 0)

@@ -2,6 +2,7 @@
 
 from .documents import Document
 from .index import RQMoEIndex
+from .shards import RQMoEShards
 from .storage import verify
 
-__all__ = ["Document", "RQMoEIndex", "verify"]
+__all__ = ["Document", "RQMoEIndex", "RQMoEShards", "verify"]

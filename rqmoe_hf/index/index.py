@@ -17,7 +17,7 @@ from .filters import Filter
 from .inputs import ids_array
 from .intake import Encoder
 from .ranking import SHORTLIST
-from .settings import Kind, Metric, Rescore, check_choice, make_settings
+from .settings import Kind, Metric, Rescore, check_search, make_settings
 from .sharing import download_index, push_index
 from .storage import DATABASE, IndexFolder
 
@@ -165,15 +165,8 @@ class RQMoEIndex(Collection):
         Raises:
             ValueError: If queries are empty, of a wrong size or not finite, or a number is below 1.
         """
-        check_choice("rescore", rescore, ("auto", "floats", "codes", "tables"))
-        for name, number in (("top_k", top_k), ("shortlist", shortlist), ("nprobe", nprobe)):
-            if number is not None and number < 1:
-                raise ValueError(f"{name} must be at least 1, got {number}.")
-        if rescore == "floats" and not self.settings["keep_floats"]:
-            raise ValueError("This index has no floats: make it with keep_floats=True, or use rescore='codes'.")
+        rescore = check_search(self.settings, rescore, top_k=top_k, shortlist=shortlist, nprobe=nprobe)
         vectors, single = self._intake.queries(queries)
-        if rescore == "auto":
-            rescore = "floats" if self.settings["keep_floats"] else "codes"
         with self._database.reading() as state:
             allowed = self._allowed(filter, ids)
             wanted = shortlist or max(SHORTLIST, 10 * top_k)
@@ -224,7 +217,7 @@ class RQMoEIndex(Collection):
                 state.forgotten = last
         with self._database.reading() as state:
             files = {}
-            if state.count > SHORTLIST:
+            if state.count > SHORTLIST or self._ranker.shared is not None:
                 name = f"scan-{state.version}.safetensors"
                 place.snapshot(name, lambda file: self._ranker.save(file, state))
                 files[name] = place.record(place.path / name)

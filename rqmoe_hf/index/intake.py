@@ -11,7 +11,7 @@ from ..codes import bytes_per_vector, unpack_codes
 from ..modeling_rqmoe import RQMoEModel
 from .documents import CHUNK, Id, Row
 from .inputs import as_metadata, as_texts, as_vectors, check_finite, check_lengths
-from .ranking import normalized
+from .rescoring import normalized
 
 
 class EncodesTexts(Protocol):

@@ -1,19 +1,18 @@
 """The stages of a search: tables choose a shortlist, and what is known better ranks it."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 
 from ..codes import bits_per_code, bytes_per_vector, sizes_of
 from ..modeling_rqmoe import RQMoEModel
-from .documents import DamagedRowsError, Database, State, codes_array, floats_array
-from .scanning import FIT_ROWS, POINTS_PER_LIST, Scanner, exact_codewords, fit_scanner
+from .documents import DamagedRowsError, Database, State, codes_array
+from .rescoring import FOREIGN, Rescorer, normalized
+from .scanning import FIT_ROWS, POINTS_PER_LIST, Scanner, Tables, exact_codewords, fit_scanner
 
 FLAT_UP_TO = 50_000  # codes
 GROWTH = 4  # tables and lists are made anew when the collection has grown so much
-FOREIGN = "The snapshot of the index does not belong to its database: delete scan-*.safetensors; it is made anew."
-BLOCK = 16_384  # vectors restored at a time
 DECODE_UP_TO = 1_024  # rows that a filter leaves: scanning them would not pay
 SHORTLIST = 100
 LEAST_LISTS = 32
@@ -29,7 +28,52 @@ class Progress:
     fitted: int
 
 
-class Ranker:
+@dataclass(frozen=True)
+class Plan:
+    """What one search asks of the stages.
+
+    Args:
+        count: Hits per query.
+        shortlist: Rows that the tables choose.
+        share: Of all rows that may be found, how many that is.
+        everything: Rank all rows that may be found, without the tables.
+    """
+
+    count: int
+    shortlist: int
+    share: float
+    everything: bool
+
+
+def make_plan(total: int, top_k: int, shortlist: int, rescore: str, restricted: bool) -> Plan:
+    """The plan of a search among `total` rows, which are all there are unless it is restricted to some."""
+    count = min(top_k, total)
+    shortlist = min(max(shortlist, count), total)
+    few = shortlist == total or (restricted and total <= DECODE_UP_TO)
+    return Plan(count, shortlist, shortlist / max(total, 1), few and rescore != "tables")
+
+
+def number_of_lists(kind: str, num_lists: int | None, count: int) -> int:
+    """Inverted lists for so many codes; 1 for a flat scan."""
+    if kind == "flat" or (kind == "auto" and count < FLAT_UP_TO):
+        return 1
+    return min(num_lists or round(count**0.5), max(count, 1))
+
+
+def sample_of(rows: np.ndarray, lists: int) -> np.ndarray:
+    """Those of the rows, in their order, on whose codes tables and lists are fitted."""
+    wanted = max(FIT_ROWS, POINTS_PER_LIST * lists)
+    if len(rows) <= wanted:
+        return rows
+    return rows[np.sort(np.random.default_rng(0).choice(len(rows), wanted, replace=False))]
+
+
+def outgrown(count: int, fitted: int, lists: int, wanted_lists: int) -> bool:
+    """Whether tables fitted on `fitted` rows are to be made anew for so many."""
+    return count > GROWTH * fitted or (wanted_lists > 1 and lists == 1)
+
+
+class Ranker(Rescorer):
     """Searches the codes of a database.
 
     Args:
@@ -44,18 +88,16 @@ class Ranker:
     def __init__(
         self, quantizer: RQMoEModel, database: Database, steps: int, metric: str, kind: str, num_lists: int | None
     ):
-        self.quantizer, self.database, self.steps = quantizer, database, steps
-        self.metric, self.kind, self.num_lists = metric, kind, num_lists
-        # Reconstructions are shorter than what they stand for; where that had norm 1, they are given it back.
-        self.normalizes = metric == "cosine" or quantizer.is_unit_norm
-        self.scanned = "cosine" if self.normalizes else metric  # among vectors of norm 1 all metrics rank alike
-        self.scanner: Scanner | None = None
+        super().__init__(quantizer, steps, metric)
+        self.database, self.kind, self.num_lists = database, kind, num_lists
         self.progress = Progress(-1, 0, 0, 0)
+        self.shared: Tables | None = None  # with other shards, so that they are not fitted to this one's codes
 
-    def restore(self, codes: np.ndarray) -> np.ndarray:
-        """What packed codes stand for, float32 `(n, hidden_size)`."""
-        restored = self.quantizer.decompress(codes, self.steps, show_progress_bar=False)
-        return normalized(restored) if self.quantizer.is_unit_norm else restored
+    def share(self, tables: Tables, fitted: int) -> None:
+        """Scores by tables fitted on so many codes of all shards from now on."""
+        if self.scanner is None or self.scanner.tables.digest != tables.digest:
+            self.scanner = None
+        self.shared, self.progress.fitted = tables, fitted
 
     # --- the scanner follows the database --------------------------------------------------------------------------
 
@@ -64,7 +106,8 @@ class Ranker:
         progress = self.progress
         if self.scanner is None or state.forgotten > progress.removal:
             return self.rebuild(state)
-        if state.count > GROWTH * progress.fitted or (self._lists(state.count) > 1 and self.scanner.lists == 1):
+        lists = number_of_lists(self.kind, self.num_lists, state.count)
+        if self.shared is None and outgrown(state.count, progress.fitted, self.scanner.lists, lists):
             return self.rebuild(state)
         if state.version != progress.version:
             rows, removal = self.database.removed(progress.removal)
@@ -98,16 +141,12 @@ class Ranker:
         return True
 
     def rebuild(self, state: State) -> Scanner:
-        """A scanner with tables and lists fitted to what is there now."""
-        sample, lists = self._sample(state.count), self._lists(state.count)
-        try:
-            scanner = fit_scanner(self.quantizer, sample, self.steps, self.scanned, lists)
-        except ValueError as error:
-            raise DamagedRowsError(str(error).rstrip(".")) from error
+        """A scanner with tables and lists fitted to what is there now, or shared ones."""
+        scanner, fitted = self._empty(state), state.count if self.shared is None else self.progress.fitted
         removal = self.database.removed(self.progress.removal)[1]
         last = self._scan_from(scanner, 0)
         self.scanner = scanner
-        self.progress = Progress(state.version, last, max(removal, state.forgotten), state.count)
+        self.progress = Progress(state.version, last, max(removal, state.forgotten), fitted)
         return scanner
 
     def _scan_from(self, scanner: Scanner, row: int) -> int:
@@ -123,18 +162,18 @@ class Ranker:
         scanner.add(batches())
         return last
 
-    def _sample(self, count: int) -> np.ndarray:
-        """Codes of random rows, enough to fit tables and lists."""
-        wanted = max(FIT_ROWS, POINTS_PER_LIST * self._lists(count))
-        rows = self.database.matching(None)
-        if len(rows) > wanted:
-            rows = np.sort(np.random.default_rng(0).choice(rows, wanted, replace=False))
-        return codes_array(list(self.database.codes_of(rows).values()))
-
-    def _lists(self, count: int) -> int:
-        if self.kind == "flat" or (self.kind == "auto" and count < FLAT_UP_TO):
-            return 1
-        return min(self.num_lists or round(count**0.5), max(count, 1))
+    def _empty(self, state: State) -> Scanner:
+        """A scanner without rows."""
+        if self.shared is not None:
+            sizes = sizes_of(self.steps, self.quantizer.config.code_sizes)
+            return Scanner(replace(self.shared), bytes_per_vector(self.steps, sizes), self.scanned)
+        lists = number_of_lists(self.kind, self.num_lists, state.count)
+        rows = sample_of(self.database.matching(None), lists)
+        codes = codes_array(list(self.database.codes_of(rows).values()))
+        try:
+            return fit_scanner(self.quantizer, codes, self.steps, self.scanned, lists)
+        except ValueError as error:
+            raise DamagedRowsError(str(error).rstrip(".")) from error
 
     # --- searching -----------------------------------------------------------------------------------------------
 
@@ -162,88 +201,34 @@ class Ranker:
             state: That of the transaction.
         """
         total = state.count if allowed is None else len(allowed)
-        count = min(top_k, total)
-        shortlist = min(max(shortlist, count), total)
+        plan = make_plan(total, top_k, shortlist, rescore, allowed is not None)
         if self.metric == "cosine":
             queries = normalized(queries)
-        if not count:
+        if not plan.count:
             return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
-        everything = shortlist == total or (allowed is not None and total <= DECODE_UP_TO)
-        if everything and rescore != "tables":
+        if plan.everything:
             rows = self.database.matching(None) if allowed is None else allowed
             candidates = np.broadcast_to(rows, (len(queries), len(rows)))
         else:
-            candidates = self._shortlist(queries, count, shortlist, nprobe, allowed, self.refresh(state))
-        scores, rows = self._rank(queries, candidates, count, rescore)
+            candidates = self._shortlist(queries, plan, nprobe, allowed, self.refresh(state))
+        scores, rows = self.rank(queries, candidates, plan.count, rescore, self.database)
         if (rows < 0).any():
             raise ValueError(f"{self.database.file}: {FOREIGN}")
         return scores, rows
 
     def _shortlist(
-        self, queries, count: int, shortlist: int, nprobe: int | None, allowed, scanner: Scanner
+        self, queries: np.ndarray, plan: Plan, nprobe: int | None, allowed: np.ndarray | None, scanner: Scanner
     ) -> np.ndarray:
         """Rows that the tables rank highest, `(n, shortlist)`, -1 where there are fewer."""
-        asked = normalized(queries) if self.scanned == "cosine" else queries
-        probed = nprobe or max(LEAST_LISTS, scanner.lists // 16)
-        rows = scanner.search(asked, shortlist, probed, allowed)[1]
+        asked, probed = self.asked(queries), probed_lists(nprobe, scanner.lists)
+        rows = scanner.search(asked, plan.shortlist, probed, allowed)[1]
         if allowed is None and probed < scanner.lists:
-            short = (rows >= 0).sum(axis=1) < count  # the lists scanned hold too few
+            short = (rows >= 0).sum(axis=1) < plan.count  # the lists scanned hold too few
             if short.any():
-                rows[short] = scanner.search(asked[short], shortlist, scanner.lists)[1]
+                rows[short] = scanner.search(asked[short], plan.shortlist, scanner.lists)[1]
         return rows
 
-    def _rank(self, queries, candidates, count: int, rescore: str) -> tuple[np.ndarray, np.ndarray]:
-        """The best candidates by what they are restored to; the lower row first among equals."""
-        scores = np.empty((len(queries), count), np.float32)
-        rows = np.empty((len(queries), count), np.int64)
-        height = max(1, BLOCK // candidates.shape[1])
-        for start in range(0, len(queries), height):
-            block = slice(start, start + height)
-            best = np.empty((len(queries[block]), 0), np.float32)
-            kept = np.empty((len(queries[block]), 0), np.int64)
-            for left in range(0, candidates.shape[1], BLOCK):
-                part = candidates[block, left : left + BLOCK]
-                best = np.hstack([best, self._scores(queries[block], part, rescore)])
-                kept = np.hstack([kept, part])
-                order = np.lexsort((kept, -best), axis=1)[:, :count]
-                best, kept = np.take_along_axis(best, order, 1), np.take_along_axis(kept, order, 1)
-            scores[block], rows[block] = best, kept
-        return scores, rows
 
-    def _scores(self, queries: np.ndarray, rows: np.ndarray, rescore: str) -> np.ndarray:
-        """Scores of candidates `(n, m)`; minus infinity where there is none."""
-        wanted, places = np.unique(rows, return_inverse=True)
-        vectors = np.zeros((len(wanted), queries.shape[1]), np.float32)
-        there = wanted >= 0
-        if there.any():
-            vectors[there] = self.vectors_of(wanted[there], rescore)
-        vectors = vectors[places.reshape(rows.shape)]  # (n, m, d)
-        if self.metric == "l2":
-            scores = -np.square(vectors - queries[:, None]).sum(axis=2)
-        else:
-            scores = np.einsum("nmd,nd->nm", vectors, queries)
-        scores[rows < 0] = -np.inf
-        return scores
-
-    def vectors_of(self, rows: np.ndarray, source: str) -> np.ndarray:
-        """What is known of rows, float32 `(n, hidden_size)`: their floats, reconstructions or sums of tables."""
-        found = self.database.codes_of(rows)
-        if len(found) < len(rows):
-            raise ValueError(f"{self.database.file}: {FOREIGN}")
-        codes = codes_array([found[row] for row in rows.tolist()])
-        by_tables = source == "tables" or not self.quantizer.config.has_experts  # which are exact then, and quicker
-        try:
-            vectors = self.scanner.sums(codes) if by_tables and self.scanner is not None else self.restore(codes)
-        except ValueError as error:  # codes that no quantizer of these sizes makes
-            raise DamagedRowsError(str(error).rstrip(".")) from error
-        if source == "floats":
-            kept = self.database.floats_of(rows)
-            for place, row in enumerate(rows.tolist()):
-                if row in kept:
-                    vectors[place] = floats_array(kept[row], vectors.shape[1])
-        return normalized(vectors) if self.normalizes else vectors
-
-
-def normalized(vectors: np.ndarray) -> np.ndarray:
-    """The vectors at norm 1; those of norm 0 stay."""
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+def probed_lists(nprobe: int | None, lists: int) -> int:
+    """Lists to scan: what is asked for, otherwise a sixteenth of them, at least 32."""
+    return nprobe or max(LEAST_LISTS, lists // 16)

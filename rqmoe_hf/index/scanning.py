@@ -11,10 +11,12 @@ scanning it. Here they are computed once, for many queries in one product, and g
 quantizer of one dimension, in which every query is 1.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,17 +27,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch.nn import functional as F
 
-from ..additive import faiss_widths, mean_contributions
-from ..codes import bits_per_code, sizes_of, unpack_codes
-from ..least_squares import improve_codewords, starts_of
+from ..additive import faiss_widths
+from ..codes import unpack_codes
+from ..least_squares import starts_of
 from ..modeling_rqmoe import RQMoEModel
+from .codewords import exact_codewords, fit_codewords
 from .documents import DamagedRowsError
 
 NORM_LEVELS = 256
 FIT_ROWS = 32_768
 POINTS_PER_LIST = 48
 ITERATIONS = 10
-RIDGE = 1.0
 PROBES = 1_024
 MARKS = 1 << 30  # row numbers up to which a table tells which rows are wanted
 QUERIES = 256  # whose look-up tables are computed at a time
@@ -57,45 +59,13 @@ class Tables:
     centroids: np.ndarray
     probes: np.ndarray | None = None
 
-
-def exact_codewords(quantizer: RQMoEModel, steps: int) -> list[np.ndarray]:
-    """The tables of an additive quantizer: its codebooks, whose sums are the reconstructions of any codes."""
-    codebooks = (quantizer.codebooks[:steps] * quantizer.scale).detach().float().cpu().numpy()
-    return _with_mean(codebooks, quantizer, steps)
-
-
-def fit_codewords(quantizer: RQMoEModel, packed: np.ndarray, steps: int) -> list[np.ndarray]:
-    """The tables whose sums are closest to what the codes decode to, by least squares over a sample of them.
-
-    Args:
-        quantizer: The quantizer, with experts.
-        packed: Codes, uint8 `(n, bytes)`.
-        steps: Codes per vector.
-    """
-    sizes = sizes_of(steps, quantizer.config.code_sizes)
-    codes = unpack_codes(packed, steps, sizes)
-    mean = quantizer.mean.detach().float().cpu().numpy()
-    start = mean_contributions(quantizer, codes)
-    rows = np.concatenate([table[:size] for table, size in zip(start, sizes, strict=True)])
-    target = quantizer.decompress(packed, steps, show_progress_bar=False) - mean
-    # The ridge draws towards the mean contributions, which are what rare codewords keep.
-    offset = sum(rows[codes[:, step] + first] for step, first in enumerate(starts_of(sizes)))
-    rows += improve_codewords(np.zeros_like(rows), codes, target - offset, sizes, RIDGE)
-    padded = np.zeros((steps, max(sizes), rows.shape[1]), np.float32)
-    for step, first in enumerate(starts_of(sizes)):
-        padded[step, : sizes[step]] = rows[first : first + sizes[step]]
-    return _with_mean(padded, quantizer, steps)
-
-
-def _with_mean(codebooks: np.ndarray, quantizer: RQMoEModel, steps: int) -> list[np.ndarray]:
-    """One table per code, padded to a power of two with rows that no code names."""
-    tables = []
-    for step, size in enumerate(sizes_of(steps, quantizer.config.code_sizes)):
-        table = np.zeros((1 << bits_per_code(size), codebooks.shape[2]), np.float32)
-        table[:size] = codebooks[step, :size]
-        tables.append(table)
-    tables[0] += quantizer.mean.detach().float().cpu().numpy()
-    return tables
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over all of it: codes scored by equal tables have comparable scores."""
+        digest = hashlib.sha256()
+        for array in (*self.codewords, self.norms, self.centroids, self.probes):
+            digest.update(b"none" if array is None else repr(array.shape).encode() + array.tobytes())
+        return digest.hexdigest()
 
 
 class Scanner:
@@ -216,14 +186,17 @@ class Scanner:
         count: int,
         nprobe: int,
         rows: np.ndarray | None = None,
+        share: float | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of highest score.
+        """The rows of highest score; of those with the last score, the lowest rows.
 
         Args:
             queries: float32 `(n, hidden_size)`, for "cosine" of norm 1.
             count: Rows per query.
             nprobe: Lists to scan.
             rows: Scan only these, int64, ascending; lists play no part then.
+            share: Of all rows, also those of other scanners with these tables, how many `count` are: what cosines are
+                measured at. None if there are no others.
 
         Returns:
             Scores `(n, count)`, highest first, and row numbers; -1 where there are no more.
@@ -233,9 +206,9 @@ class Scanner:
             index = self._only(rows)
         elif self.lists > 1:
             chosen = self._coarse.search(queries, min(nprobe, self.lists))[1]
-        share = count / max(index.ntotal, 1)
-        scores = np.empty((len(queries), count), np.float32)
-        found = np.empty((len(queries), count), np.int64)
+        share = count / max(index.ntotal, 1) if share is None else share
+        scores = np.empty((len(queries), count + 1), np.float32)  # one more tells whether the last has equals
+        found = np.empty((len(queries), count + 1), np.int64)
         with ThreadPoolExecutor(workers := _workers(len(queries))) as pool:
             indexes = [index, *(self._sharing(index) for _ in range(1, workers))]
             for start in range(0, len(queries), QUERIES):
@@ -243,7 +216,8 @@ class Scanner:
                 arrays = self._look_ups(queries[block], share), chosen[block], scores[block], found[block]
                 parts = zip(*(np.array_split(array, workers) for array in arrays), strict=True)
                 list(pool.map(_scan, indexes, *zip(*parts, strict=True)))
-        return scores, found
+                _settle_ties(index, *arrays)
+        return scores[:, :count], found[:, :count]
 
     def _sharing(self, index: Any) -> Any:
         """Another index over the same lists, for look-up tables of its own."""
@@ -415,6 +389,23 @@ def _scan(index, look_ups: np.ndarray, lists: np.ndarray, scores: np.ndarray, ro
         codebooks[:] = look_up
         found = index.search_preassigned(one, scores.shape[1], lists[place : place + 1], nothing)
         scores[place], rows[place] = found[0][0], found[1][0]
+
+
+def _settle_ties(index, look_ups: np.ndarray, lists: np.ndarray, scores: np.ndarray, rows: np.ndarray) -> None:
+    """Where the last two scores are equal, keeps the lowest rows of all that have that score.
+
+    Faiss keeps those that its lists happen to hold first, which shards of a collection hold in another order.
+    """
+    for place in np.flatnonzero((scores[:, -1] == scores[:, -2]) & (rows[:, -1] >= 0)):
+        one, width = slice(place, place + 1), scores.shape[1]
+        more, found = scores[one], rows[one]
+        while width < index.ntotal and found[0, -1] >= 0 and more[0, -1] == scores[place, -1]:
+            width = min(4 * width, index.ntotal)
+            more, found = np.empty((1, width), np.float32), np.empty((1, width), np.int64)
+            _scan(index, look_ups[one], lists[one], more, found)
+        order = np.lexsort((found[0], -more[0]))
+        order = order[found[0][order] >= 0][: scores.shape[1]]
+        scores[place], rows[place] = more[0][order], found[0][order]
 
 
 def fit_scanner(quantizer: RQMoEModel, sample: np.ndarray, steps: int, metric: str, lists: int) -> Scanner:

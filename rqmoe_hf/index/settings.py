@@ -54,3 +54,20 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raises a ValueError unless a value is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+
+
+def check_search(settings: dict[str, Any], rescore: Rescore, **numbers: int | None) -> Rescore:
+    """What ranks shortlists of a search, "auto" decided.
+
+    Raises:
+        ValueError: If the settings do not allow it, or one of the numbers is below 1.
+    """
+    check_choice("rescore", rescore, ("auto", "floats", "codes", "tables"))
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}.")
+    if rescore == "floats" and not settings["keep_floats"]:
+        raise ValueError("This index has no floats: make it with keep_floats=True, or use rescore='codes'.")
+    if rescore != "auto":
+        return rescore
+    return "floats" if settings["keep_floats"] else "codes"

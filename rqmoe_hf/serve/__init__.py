@@ -2,5 +2,6 @@
 
 from .app import make_app
 from .live import LiveIndex
+from .live_shards import LiveShards
 
-__all__ = ["LiveIndex", "make_app"]
+__all__ = ["LiveIndex", "LiveShards", "make_app"]

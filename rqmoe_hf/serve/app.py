@@ -19,6 +19,7 @@ from starlette.types import ASGIApp
 from ..index import Document
 from .guard import LOOPBACK_NAMES, Guard, Workers, error_response
 from .live import LiveIndex, Refused, Setting
+from .live_shards import LiveShards
 
 QUERY_CHARACTERS, TOP_K, SHORTLIST = 2_000, 100, 10_000
 TEXT_CHARACTERS, FIELDS, NAME_CHARACTERS, VALUE_CHARACTERS = 4_000, 20, 60, 200  # of a document that is shown
@@ -42,11 +43,11 @@ class Search(BaseModel):
         return Setting(self.shortlist, self.num_codebooks, self.rescore)
 
 
-def make_app(live: LiveIndex, loopback_only: bool = True, searches: Workers | None = None) -> ASGIApp:
+def make_app(live: LiveIndex | LiveShards, loopback_only: bool = True, searches: Workers | None = None) -> ASGIApp:
     """The application over an index.
 
     Args:
-        live: The index.
+        live: The index, or shards.
         loopback_only: Refuse requests that call this server by another name than computers call themselves.
         searches: Threads that search. Default: two, for which eight requests may wait.
     """
@@ -66,7 +67,7 @@ def make_app(live: LiveIndex, loopback_only: bool = True, searches: Workers | No
     return Guard(app, LOOPBACK_NAMES if loopback_only else None, content_policy(page))
 
 
-def _add_requests(app: FastAPI, live: LiveIndex, searches: Workers, comparisons: Workers) -> None:
+def _add_requests(app: FastAPI, live: LiveIndex | LiveShards, searches: Workers, comparisons: Workers) -> None:
     @app.get("/api/index")
     async def describe() -> dict[str, Any]:
         limits = {"query_characters": QUERY_CHARACTERS, "top_k": TOP_K, "shortlist": SHORTLIST}
