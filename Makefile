@@ -88,6 +88,7 @@ benchmark: benchmark-sets
 	$(BIN)/python benchmarks/fit.py --encoder "$(ENCODER)"
 	$(BIN)/python benchmarks/ray_compress.py
 	$(BIN)/python benchmarks/fuzz.py
+	$(BIN)/python benchmarks/cost.py --encoder "$(ENCODER)"
 	$(BIN)/python benchmarks/plots.py
 	$(MAKE) tables
 

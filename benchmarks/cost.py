@@ -3,8 +3,8 @@
     python benchmarks/cost.py --encoder sentence-transformers/all-MiniLM-L6-v2
 
 Each factor is varied by itself; its exponent is the slope of a line through the logarithms. A prediction multiplies
-the base by the powers of all factors. Run it on a quiet machine. Results go to results/cost.json, the tables of
-docs/scaling.md are made from them (`make tables`), and the plot is results/cost.svg.
+the base by the powers of all factors. Run it on a quiet machine. Results go to results/cost.json and
+results/cost.svg; `scaling.tables` makes tables of them.
 """
 
 import argparse
@@ -96,10 +96,14 @@ def main() -> None:
     if arguments.stages is None:
         found["embed"] = embed(arguments.encoder)
         results["memory"] = {
-            memory.name: {"formula": memory.formula, "setting": memory.setting, "predicted": memory.predicted(memory.setting),
-                          "measured": measure_memory(number)}
+            memory.name: {
+                "formula": memory.formula,
+                "setting": memory.setting,
+                "predicted": memory.predicted(memory.setting),
+                "measured": measure_memory(number),
+            }
             for number, memory in enumerate(MEMORIES)
-        }  # fmt: skip
+        }
     environment.save("cost", results)
     draw(found)
 

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import environment
-from scaling.tables import costs, forecast, memories
 
 from rqmoe_hf.bundled import bundled_quantizers, load_quantizer
 from rqmoe_hf.codes import describe_sizes
@@ -273,7 +272,6 @@ TABLES = {
     table.__name__: table
     for table in (
         summary, quality, engine, qinco, tasks, module, fit, bundled, levers, search, machine,
-        costs, forecast, memories,
     )
 }
 
@@ -292,7 +290,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    documents = (ROOT / "README.md", ROOT / "benchmarks" / "LEVERS.md", ROOT / "docs" / "scaling.md")
+    documents = (ROOT / "README.md", ROOT / "benchmarks" / "LEVERS.md")
     wanted = {file: fill(file.read_text("utf-8")) for file in documents}
     for name, folder in bundled_quantizers().items():
         text = refresh_record(name, folder / RECORD_FILE)
