@@ -139,6 +139,24 @@ def test_a_snapshot_is_caught_up_with_what_came_later(filled, clustered):
         assert set(ids.flatten().tolist()) <= set(rows)
 
 
+def test_an_emptied_index_can_be_saved_copied_and_filled_again(tmp_path, clustered, monkeypatch):
+    monkeypatch.setattr("rqmoe_hf.index.index.REMOVALS", 100)
+    with RQMoEIndex(MODEL, tmp_path / "index", kind="flat") as index:
+        index.add(clustered[:2000], ids=range(2000))
+        index.search(clustered[:1], 5)  # makes a scanner, which then holds what is removed
+        index.remove(range(2000))
+        index.save(tmp_path / "copy")
+        index.save()
+        assert (len(index), index.search(clustered[0], 5)[1].tolist()) == (0, [])
+        index.add(clustered[:1500], ids=range(1500))
+        index.save()
+        found = index.search(clustered[:50], 5)[1]
+    assert verify(tmp_path / "copy") == verify(tmp_path / "index") == []
+    with RQMoEIndex(MODEL, kind="flat") as other:
+        other.add(clustered[:1500], ids=range(1500))
+        assert np.array_equal(found, other.search(clustered[:50], 5)[1])
+
+
 def test_a_long_record_of_removals_is_forgotten_and_others_notice(filled, clustered, monkeypatch):
     monkeypatch.setattr("rqmoe_hf.index.index.REMOVALS", 20)
     reader = RQMoEIndex.load(filled, MODEL)
