@@ -4,7 +4,7 @@
 
 Each factor is varied by itself; its exponent is the slope of a line through the logarithms. A prediction multiplies
 the base by the powers of all factors. Run it on a quiet machine. Results go to results/cost.json and
-results/cost.svg; `scaling.tables` makes tables of them.
+results/cost.svg; the tables of docs/scaling.md are made from them (`make tables`).
 """
 
 import argparse
@@ -17,10 +17,10 @@ import torch
 from matplotlib import pyplot
 from scaling import MEMORIES, STAGES, Stage
 from scaling.memory import measure as measure_memory
-from scaling.stages import seconds
 from scaling.tables import predict
+from timing import median_seconds
 
-from rqmoe_hf.data.jobs import encode_batches, load_encoder
+from rqmoe_hf.data.batches import encode_batches, load_encoder
 from rqmoe_hf.demo import collect_documentation
 
 TEXTS = 1_024
@@ -53,7 +53,7 @@ def embed(encoder: str) -> dict:
     """Seconds for a text of Python's documentation, cut off where the encoder does."""
     texts = collect_documentation()[1][:TEXTS]
     model = load_encoder(encoder, "bfloat16")
-    taken = seconds(lambda: encode_batches(model, texts, 64), repeats=1) / len(texts)
+    taken = median_seconds(lambda: encode_batches(model, texts, 64), repeats=1) / len(texts)
     words = float(np.mean([len(text.split()) for text in texts]))
     return {"unit": "text", "seconds": taken, "words": round(words, 1), "dtype": "bfloat16"}
 

@@ -8,16 +8,15 @@ ones, side by side. Run it on a quiet machine: every figure is a median, and onl
 """
 
 import argparse
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import environment
 import numpy as np
 import torch
 from plain import PlainRQMoE
+from timing import median_seconds
 
 from rqmoe_hf import RQMoEConfig, RQMoEModel
 from rqmoe_hf.data import as_array, load_embeddings
@@ -36,17 +35,6 @@ SETTINGS = {
 }
 TRAINING_VECTORS = 44_000
 ERROR_VECTORS = 1_024  # held out, the same in every setting of one dimension, so that their errors compare
-
-
-def median_seconds(work: Callable[[], object], repeats: int = 5) -> float:
-    """Median time of one call, after a call that is not counted."""
-    work()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def train(config: RQMoEConfig, vectors: np.ndarray, epochs: float, folder: Path) -> tuple[RQMoEModel, float]:

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import environment
+from scaling.tables import costs, forecast
 
 from rqmoe_hf.bundled import bundled_quantizers, load_quantizer
 from rqmoe_hf.codes import describe_sizes
@@ -272,6 +273,7 @@ TABLES = {
     table.__name__: table
     for table in (
         summary, quality, engine, qinco, tasks, module, fit, bundled, levers, search, machine,
+        costs, forecast,
     )
 }
 
@@ -290,7 +292,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    documents = (ROOT / "README.md", ROOT / "benchmarks" / "LEVERS.md")
+    documents = (ROOT / "README.md", ROOT / "benchmarks" / "LEVERS.md", ROOT / "docs" / "scaling.md")
     wanted = {file: fill(file.read_text("utf-8")) for file in documents}
     for name, folder in bundled_quantizers().items():
         text = refresh_record(name, folder / RECORD_FILE)

@@ -19,6 +19,7 @@ import torch
 from hub_server import HubServer
 
 from rqmoe_hf import RQMoEConfig, RQMoEModel
+from rqmoe_hf.training import initialize
 
 ROOT = Path(__file__).parent.parent
 SIZE, STEPS, CODEWORDS = 16, 4, 20
@@ -71,6 +72,15 @@ def clustered() -> np.ndarray:
     centers = rng.normal(size=(40, SIZE)) * 3
     mixed = centers[rng.integers(40, size=6000)] + rng.normal(size=(6000, SIZE)) @ rng.normal(size=(SIZE, SIZE)) * 0.3
     return mixed.astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def quantizer(clustered, tmp_path_factory) -> str:
+    """Folder of a small quantizer with experts for these vectors."""
+    folder = tmp_path_factory.mktemp("quantizer")
+    config = RQMoEConfig(hidden_size=16, num_codebooks=3, codebook_size=32, intermediate_size=8)
+    initialize(RQMoEModel(config), clustered).save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

@@ -8,11 +8,12 @@ import base64
 import hashlib
 import json
 import re
-import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from loopback import LoopbackServer
 
 LFS_FROM = 10_000  # bytes; the Hub decides by .gitattributes and size
 BINARY = (".safetensors", ".parquet", ".bin", ".npy")
@@ -62,13 +63,11 @@ class Repository:
         return sha or next((found for found in self.commits if found.startswith(revision)), None)
 
 
-class HubServer(ThreadingHTTPServer):
+class HubServer(LoopbackServer):
     """The server; use it as a context manager. `drop` maps a path's regular expression to the bytes it lets pass."""
 
-    daemon_threads = True
-
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.objects: dict[str, bytes] = {}
         self.drop: dict[str, int] = {}
@@ -101,14 +100,6 @@ class HubServer(ThreadingHTTPServer):
     def files(self, name: str, kind: str = "model", revision: str = "main") -> dict[str, File]:
         repository = self.repositories[kind, name]
         return repository.commits[repository.resolve(revision)]
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.shutdown()
-        self.server_close()
 
     def handle_error(self, request, client_address):
         """A client that went away, or a connection that was cut on purpose, is no failure of the server."""

@@ -1,20 +1,19 @@
 """Object storage on loopback: as much of S3's interface as reading the files of a folder takes."""
 
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 from xml.sax.saxutils import escape
 
+from loopback import LoopbackServer
 
-class S3Server(ThreadingHTTPServer):
+
+class S3Server(LoopbackServer):
     """The server; use it as a context manager. Objects are `bucket/key`."""
 
-    daemon_threads = True
-
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.objects: dict[str, bytes] = {}
         self.sent = 0  # bytes of objects
 
@@ -25,14 +24,6 @@ class S3Server(ThreadingHTTPServer):
     def put_folder(self, path: str, folder: Path) -> None:
         for file in folder.iterdir():
             self.objects[f"{path}/{file.name}"] = file.read_bytes()
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.shutdown()
-        self.server_close()
 
 
 class Handler(BaseHTTPRequestHandler):

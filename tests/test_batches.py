@@ -13,21 +13,12 @@ import pytest
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 
-from rqmoe_hf import RQMoEConfig, RQMoEModel
+from rqmoe_hf import RQMoEModel
 from rqmoe_hf.data import CompressBatch, EmbedBatch
 from rqmoe_hf.data.batches import as_matrix
 from rqmoe_hf.data.shards import fixed_size_column
-from rqmoe_hf.training import initialize
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def quantizer(clustered, tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("quantizer")
-    config = RQMoEConfig(hidden_size=16, num_codebooks=3, codebook_size=32, intermediate_size=8)
-    initialize(RQMoEModel(config), clustered).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

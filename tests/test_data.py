@@ -15,17 +15,8 @@ import pytest
 from datasets import Dataset, load_dataset
 from faiss.contrib.vecs_io import fvecs_write
 
-from rqmoe_hf import RQMoEConfig, RQMoEModel
+from rqmoe_hf import RQMoEModel
 from rqmoe_hf.data import as_array, codes_info, compress_shards, decompress_shards, embed_texts, load_embeddings
-from rqmoe_hf.training import initialize
-
-
-@pytest.fixture(scope="module")
-def quantizer(clustered, tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("quantizer")
-    config = RQMoEConfig(hidden_size=16, num_codebooks=3, codebook_size=32, intermediate_size=8)
-    initialize(RQMoEModel(config), clustered).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.mark.parametrize("suffix", ["npy", "fvecs", "parquet", "arrow", "folder", "saved", "array", "column"])

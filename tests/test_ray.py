@@ -24,13 +24,12 @@ from typer.testing import CliRunner
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 ray = pytest.importorskip("ray", reason='pip install "rqmoe-hf[ray]"')
 
-from rqmoe_hf import RQMoEConfig, RQMoEModel  # noqa: E402
+from rqmoe_hf import RQMoEModel  # noqa: E402
 from rqmoe_hf.cli import app  # noqa: E402
 from rqmoe_hf.data import CompressBatch, ParquetFiles, compress_shards, embed_texts, shards  # noqa: E402
 from rqmoe_hf.data import ray_engine as ray_module  # noqa: E402
 from rqmoe_hf.data.ray_engine import RayEngine  # noqa: E402
 from rqmoe_hf.data.shards import fixed_size_column, write_shards  # noqa: E402
-from rqmoe_hf.training import initialize  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,14 +41,6 @@ def cluster():
              logging_level="ERROR", runtime_env={"env_vars": {"PYTHONPATH": paths}})  # fmt: skip
     yield
     ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def quantizer(clustered, tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("quantizer")
-    config = RQMoEConfig(hidden_size=16, num_codebooks=3, codebook_size=32, intermediate_size=8)
-    initialize(RQMoEModel(config), clustered).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

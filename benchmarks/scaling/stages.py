@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from timing import median_seconds
 
 from rqmoe_hf import RQMoEConfig, RQMoEModel
 from rqmoe_hf.index import RQMoEIndex
@@ -19,6 +20,7 @@ from rqmoe_hf.training.lsq import train_lsq
 
 Setting = dict[str, int]
 VECTORS = 1_024
+REPEATS = 3
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Stage:
     held_out: Setting = field(default_factory=dict)
 
 
-def quantizer(setting: Setting, scale: float = 1.0) -> RQMoEModel:
+def quantizer(setting: Setting) -> RQMoEModel:
     """A quantizer with random weights: d, M, K, and N, H, A, B where it has experts."""
     torch.manual_seed(0)
     sizes = {"hidden_size": setting["d"], "num_codebooks": setting["M"], "codebook_size": setting["K"]}
@@ -54,7 +56,7 @@ def quantizer(setting: Setting, scale: float = 1.0) -> RQMoEModel:
         model = RQMoEModel(RQMoEConfig(**sizes, **search, **experts, num_candidates=setting.get("candidates", 8)))
     with torch.no_grad():
         for step, codebook in enumerate(model.codebooks):
-            codebook.normal_(std=scale * 0.8**step / setting["d"] ** 0.5)
+            codebook.normal_(std=0.8**step / setting["d"] ** 0.5)
         model.mean.zero_()
         model.scale.fill_(1.0)
         if model.instructions is not None:
@@ -68,21 +70,10 @@ def vectors(count: int, dimension: int) -> np.ndarray:
     return drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
 
 
-def seconds(work: Callable[[], object], repeats: int = 3) -> float:
-    """Median time of a call, after one that is not counted."""
-    work()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
-
-
 def compress(setting: Setting) -> float:
     """Encoding."""
     model, given = quantizer(setting), vectors(VECTORS, setting["d"])
-    return seconds(lambda: model.compress(given, show_progress_bar=False)) / VECTORS
+    return median_seconds(lambda: model.compress(given, show_progress_bar=False), REPEATS) / VECTORS
 
 
 def decompress(setting: Setting) -> float:
@@ -90,7 +81,7 @@ def decompress(setting: Setting) -> float:
     model, count = quantizer(setting), 8 * VECTORS
     width = -(-setting["M"] * model.config.bits_per_code // 8)
     codes = np.random.default_rng(0).integers(0, 256, (count, width), np.uint8)
-    return seconds(lambda: model.decompress(codes, show_progress_bar=False)) / count
+    return median_seconds(lambda: model.decompress(codes, show_progress_bar=False), REPEATS) / count
 
 
 def train(setting: Setting) -> float:
@@ -103,7 +94,7 @@ def train(setting: Setting) -> float:
         model(batch).loss.backward()
         optimizer.step()
 
-    return seconds(step) / len(batch)
+    return median_seconds(step, REPEATS) / len(batch)
 
 
 def lsq_round(setting: Setting) -> float:
@@ -162,7 +153,7 @@ def search(setting: Setting) -> float:
     index, _ = filled(setting)
     asked = vectors(64, setting["d"])
     with index:
-        return seconds(lambda: index.search(asked, top_k=10, shortlist=100)) / len(asked)
+        return median_seconds(lambda: index.search(asked, top_k=10, shortlist=100), REPEATS) / len(asked)
 
 
 EXPERTS = {"d": 384, "M": 8, "K": 256, "N": 2, "H": 256, "beam": 4, "candidates": 8}

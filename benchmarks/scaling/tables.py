@@ -5,7 +5,6 @@ import numpy as np
 
 FORECAST = {"d": 384, "M": 16, "K": 256, "beam": 4, "rounds": 16}
 COUNTS = {"10 million": 1e7, "1 billion": 1e9, "100 billion": 1e11}
-ROUNDS, ROUND_VECTORS = 60, 65_536  # of LSQ, whatever the number of vectors
 INDEX_OVERHEAD = 9  # bytes of a vector beside its code: a norm and a row number
 CORES, MEMORY = 192, 384 * 2**30  # of a c7a.48xlarge
 DAY = 24 * 3600
@@ -41,23 +40,10 @@ def costs() -> str:
     return "\n".join(lines)
 
 
-def memories() -> str:
-    """Formulas of memory beside what was measured."""
-    lines = ["| | formula | setting | predicted | measured |", "| --- | --- | --- | ---: | ---: |"]
-    for name, row in environment.load("cost")["memory"].items():
-        setting = ", ".join(f"{factor} {value:,}" for factor, value in row["setting"].items())
-        lines.append(f"| {name} | {row['formula']} | {setting} | {size(row['predicted'])} | {size(row['measured'])} |")
-    return "\n".join(lines)
-
-
 def forecast() -> str:
     """Hours, machines and bytes for more vectors than were measured."""
     results = environment.load("cost")
     stages, cores = results["stages"], results["threads"]["torch"]
-    training = ROUNDS * (
-        ROUND_VECTORS * predict(stages["train LSQ, a round"], FORECAST)
-        + predict(stages["train LSQ, a round's fit"], FORECAST)
-    )
     each = {
         "embed": stages["embed"]["seconds"],
         "compress": predict(stages["compress, additive"], FORECAST),
@@ -68,7 +54,6 @@ def forecast() -> str:
     lines.append(f"| codes | {' | '.join(size(FORECAST['M'] * count) for count in COUNTS.values())} |")
     inside = [(FORECAST["M"] + INDEX_OVERHEAD) * count for count in COUNTS.values()]
     lines.append(f"| index in memory | {' | '.join(map(size, inside))} |")
-    lines.append(f"| training, {cores} cores | {' | '.join(duration(training) for _ in COUNTS)} |")
     for name, taken in each.items():
         lines.append(f"| {name}, {cores} cores | {' | '.join(duration(taken * count) for count in COUNTS.values())} |")
     for name in ("embed", "compress"):

@@ -171,18 +171,29 @@ def peak_memory() -> int:
     return used if sys.platform == "darwin" else used * 1024
 
 
-@contextmanager
-def started_ray(address: str | None = None):
-    """Ray with a cluster behind it, for as long as it is needed if this started it; its chatter is silenced."""
+def connect_ray(address: str | None = None, logging_level: int = logging.ERROR) -> bool:
+    """Joins the cluster at an address or at `RAY_ADDRESS`, or else starts Ray here; whether it did either.
+
+    Ray's usage statistics are off, unless it was imported before and the environment says otherwise.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # without a warning that this will be the default
     import ray
+
+    if ray.is_initialized():
+        return False
+    local: dict[str, Any] = {} if address or os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
+    ray.init(address, logging_level=logging_level, log_to_driver=False, **local)
+    return True
+
+
+@contextmanager
+def started_ray(address: str | None = None):
+    """Ray with a cluster behind it, for as long as it is needed if this started it; its chatter is silenced."""
+    starts = connect_ray(address)
+    import ray
     import ray.data
 
-    starts = not ray.is_initialized()
-    if starts:
-        local: dict[str, Any] = {} if address or os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
-        ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **local)
     context = ray.data.DataContext.get_current()
     kept = context.enable_progress_bars
     level = logging.getLogger("ray.data").level

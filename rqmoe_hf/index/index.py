@@ -12,7 +12,7 @@ from ..bundled import load_quantizer
 from ..data.jobs import check_quantizer
 from ..modeling_rqmoe import RQMoEModel
 from .collection import Collection
-from .documents import Database, Id, State, in_order
+from .documents import Database, Id, in_order
 from .filters import Filter
 from .inputs import ids_array
 from .intake import Encoder
@@ -212,7 +212,7 @@ class RQMoEIndex(Collection):
         with self._database.writing() as state:
             last = self._database.last_removal()
             if last - state.forgotten > max(state.count, REMOVALS):
-                self._refit(state)
+                self._ranker.refit(state)
                 self._database.forget_removals(last)
                 state.forgotten = last
         with self._database.reading() as state:
@@ -224,20 +224,13 @@ class RQMoEIndex(Collection):
             files[DATABASE] = place.record_database(self._database)
             place.write(self.settings | {"files": files})
 
-    def _refit(self, state: State) -> None:
-        """Fits the scanner to what is there now; where nothing is, the next search will."""
-        if state.count or self._ranker.shared is not None:
-            self._ranker.rebuild(state)
-        else:
-            self._ranker.scanner = None
-
     def _copied(self, place: IndexFolder, settings: dict[str, Any] | None = None) -> "RQMoEIndex":
         """A copy in a new folder."""
         settings, encoder = settings or self.settings, self._intake.encoder.encoder
         with self._database.lock:
             if self._ranker.scanner is not None:  # the copy shares it, so that there must be nothing left to do to it
                 with self._database.reading() as state:
-                    self._ranker.refresh(state) if state.count else self._refit(state)
+                    self._ranker.refit(state, anew=False)
             copy = self._of(self.quantizer, settings, encoder, place.create(settings, self._database), place)
             copy._ranker.scanner, copy._ranker.progress = self._ranker.scanner, self._ranker.progress
             copy.save()

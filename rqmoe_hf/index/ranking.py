@@ -140,6 +140,15 @@ class Ranker(Rescorer):
         self.scanner, self.progress = scanner, Progress(**notes)
         return True
 
+    def refit(self, state: State, anew: bool = True) -> None:
+        """The scanner made anew, or brought up to date; none if there is nothing to fit it to."""
+        if not state.count and self.shared is None:
+            self.scanner = None
+        elif anew:
+            self.rebuild(state)
+        else:
+            self.refresh(state)
+
     def rebuild(self, state: State) -> Scanner:
         """A scanner with tables and lists fitted to what is there now, or shared ones."""
         scanner, fitted = self._empty(state), state.count if self.shared is None else self.progress.fitted

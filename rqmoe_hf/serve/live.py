@@ -68,6 +68,50 @@ class Comparison:
         return sum(self.found) / len(self.found) if self.found else None
 
 
+def check_size(vector: np.ndarray, size: int) -> None:
+    """Raises a ValueError unless an encoder's first embedding has the quantizer's dimensions."""
+    if vector.shape != (size,):
+        raise ValueError(
+            f"The encoder's embeddings have {vector.shape[-1]} dimensions, those of the index {size}: name the "
+            "encoder of its texts with --encoder."
+        )
+
+
+def ways_to_rescore(settings: dict[str, Any]) -> list[Rescore]:
+    """What can rank a shortlist of a collection; the first is the default."""
+    ways: list[Rescore] = ["floats", "codes", "tables"]
+    return ways if settings["keep_floats"] else ways[1:]
+
+
+def check_query(query: str, rescore: Rescore, rescores: list[Rescore]) -> None:
+    """Raises [`Refused`] if the query is empty or the collection has not what should rank."""
+    if not query.strip():
+        raise Refused("The query is empty: give it some text.")
+    if rescore not in rescores:
+        raise Refused(f"rescore must be one of {', '.join(rescores)}, got {rescore}.")
+
+
+def describe_quantizer(quantizer: RQMoEModel, settings: dict[str, Any], scanned: int | None) -> dict[str, Any]:
+    """What the page says of a collection's quantizer and settings.
+
+    Args:
+        quantizer: The quantizer.
+        settings: Of the collection.
+        scanned: Bytes in memory for each vector; None while nothing is scanned.
+    """
+    steps, config = settings["quantizer"]["num_codebooks"], quantizer.config
+    sizes = [bytes_per_vector(step + 1, config.code_sizes) for step in range(steps)]
+    return {
+        "dimensions": config.hidden_size,
+        "quantizer": Path(settings["quantizer"]["model"]).name or "without a name",
+        "metric": settings["metric"].replace("_", " "),
+        "bytes_by_codes": sizes,
+        "scan_bytes": 0 if scanned is None else scanned - sizes[-1],
+        "quantizer_bytes": sum(weights.numel() * weights.element_size() for weights in quantizer.parameters()),
+        "rescores": ways_to_rescore(settings),
+    }
+
+
 class LiveIndex:
     """An index that is searched with texts, and whose searches are compared with exact ones.
 
@@ -108,11 +152,7 @@ class LiveIndex:
     def _prepare(self) -> None:
         """Loads the encoder and makes the scanner, so that mistakes show at once and the first query is quick."""
         vector, _ = self._embed("a first query")
-        if vector.shape != (self.config.hidden_size,):
-            raise ValueError(
-                f"The encoder's embeddings have {vector.shape[-1]} dimensions, those of the index "
-                f"{self.config.hidden_size}: name the encoder of its texts with --encoder."
-            )
+        check_size(vector, self.config.hidden_size)
         self.index.search(vector, 1, shortlist=1)
 
     # --- what there is -------------------------------------------------------------------------------------------
@@ -120,8 +160,7 @@ class LiveIndex:
     @property
     def rescores(self) -> list[Rescore]:
         """What can rank a shortlist; the first is the default."""
-        ways: list[Rescore] = ["floats", "codes", "tables"]
-        return ways if self.settings["keep_floats"] else ways[1:]
+        return ways_to_rescore(self.settings)
 
     @property
     def is_joint(self) -> bool:
@@ -140,22 +179,13 @@ class LiveIndex:
 
     def describe(self) -> dict[str, Any]:
         """What the page says of the index, as JSON."""
-        scanned, parameters = self.index.scanned_bytes, self.index.quantizer.parameters()
-        sizes = [bytes_per_vector(steps + 1, self.config.code_sizes) for steps in range(self.num_codebooks)]
         too_large = TOO_LARGE.format(self.exact_up_to) if self.is_large else None
-        return {
+        return describe_quantizer(self.index.quantizer, self.settings, self.index.scanned_bytes) | {
             "name": self.folder.resolve().name,
             "vectors": len(self.index),
-            "dimensions": self.config.hidden_size,
-            "quantizer": Path(self.settings["quantizer"]["model"]).name or "without a name",
-            "metric": self.settings["metric"].replace("_", " "),
             "on_disk": describe(self.folder)["on disk"],
-            "bytes_by_codes": sizes,
-            "scan_bytes": 0 if scanned is None else scanned - sizes[-1],
-            "quantizer_bytes": sum(weights.numel() * weights.element_size() for weights in parameters),
             "shortest": self.shortest,
             "why_not_shorter": JOINT if self.is_joint else too_large,
-            "rescores": self.rescores,
             "exact": None if self.is_large else self.rescores[0],
             "why_not_exact": too_large,
         }
@@ -196,12 +226,9 @@ class LiveIndex:
     def _checked(self, query: str, setting: Setting) -> tuple[int, Rescore]:
         """Number of codes and what ranks, as a setting and the defaults give them."""
         steps, rescore = setting.num_codebooks or self.num_codebooks, setting.rescore or self.rescores[0]
-        if not query.strip():
-            raise Refused("The query is empty: give it some text.")
+        check_query(query, rescore, self.rescores)
         if not self.shortest <= steps <= self.num_codebooks:
             raise Refused(f"num_codebooks must lie between {self.shortest} and {self.num_codebooks}, got {steps}.")
-        if rescore not in self.rescores:
-            raise Refused(f"rescore must be one of {', '.join(self.rescores)}, got {rescore}.")
         return steps, rescore
 
     def _find(

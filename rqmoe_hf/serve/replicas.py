@@ -21,6 +21,7 @@ except ImportError as error:
 
 from ..bundled import load_quantizer
 from ..data.jobs import check_quantizer
+from ..data.ray_engine import connect_ray
 from ..index import RQMoEIndex, RQMoEShards
 from ..index.intake import Encoder
 from ..index.scanning import Scanner
@@ -175,11 +176,7 @@ class ReplicatedShards(RQMoEShards):
 
 def _start_ray() -> bool:
     """Joins or starts Ray and its Serve, without its HTTP proxy; whether it was started for this process alone."""
-    started = False
-    if not ray.is_initialized():
-        started = not os.environ.get("RAY_ADDRESS")
-        alone: dict[str, Any] = {"include_dashboard": False} if started else {}
-        ray.init(log_to_driver=False, logging_level=logging.WARNING, **alone)
+    started = connect_ray(logging_level=logging.WARNING) and not os.environ.get("RAY_ADDRESS")
     serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     return started
