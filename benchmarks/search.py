@@ -31,7 +31,18 @@ import environment
 import faiss
 import rag_tasks
 from rivals import OURS
-from searchers import Collection, Searcher, assemble, is_built, is_installed, own, rivals, timing, train_additive
+from searchers import (
+    KINDS,
+    Collection,
+    Searcher,
+    assemble,
+    is_built,
+    is_installed,
+    own,
+    rivals,
+    timing,
+    train_additive,
+)
 from sets import SETS, load
 from tasks import open_tasks
 
@@ -59,21 +70,22 @@ def plan(data: Collection, lists: int, arguments: argparse.Namespace) -> Plan:
         names = dict.fromkeys([*(one.name for one in known), *OURS])
         raise ValueError(f"Unknown: {unknown}. There are {'; '.join(names)}, and beginnings of them.")
     work = arguments.work or arguments.root / arguments.set / "search"
-    made: Plan = [(given, partial(_finished, given, work, lists)) for given in arguments.ours]
+    finish = partial(_finished, work=work, lists=lists, kinds=arguments.kinds)
+    made: Plan = [(given, partial(finish, given)) for given in arguments.ours]
     for name in (name for name in wanted if name in OURS):
         for size in arguments.bytes:
-            made.append((f"{name}, {size} bytes", partial(_trained, name, size, data, work, lists)))
+            made.append((f"{name}, {size} bytes", partial(_trained, name, size, data, finish)))
     chosen = [one for one in known if any(one.name.startswith(name) for name in wanted)]
     return made + [(label(one), partial(list, [one])) for one in chosen]
 
 
-def _finished(given: str, work: Path, lists: int) -> list[Searcher]:
-    return list(own(given, work, lists))
+def _finished(given: str, **settings) -> list[Searcher]:
+    return list(own(given, **settings))
 
 
-def _trained(name: str, size: int, data: Collection, work: Path, lists: int) -> list[Searcher]:
-    folder, seconds = train_additive(name, size, data, work)
-    return list(own(folder, work, lists, name, seconds))
+def _trained(name: str, size: int, data: Collection, finish: partial) -> list[Searcher]:
+    folder, seconds = train_additive(name, size, data, finish.keywords["work"])
+    return finish(folder, name=name, trained=seconds)
 
 
 def label(searcher: Searcher) -> str:
@@ -193,6 +205,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="*", help="default: all rivals; beginnings of names will do")
     parser.add_argument("--bytes", nargs="*", type=int, default=list(SIZES))
     parser.add_argument("--ours", nargs="*", default=[], metavar="NAME[:CODES]", help="trained quantizers")
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS), help="of our indexes; flat is slow")
     parser.add_argument("--training", type=int, default=TRAINING, help="vectors that train all methods")
     parser.add_argument("--limit", type=int, help="use only the first so many training vectors of the set")
     parser.add_argument("--database", type=int, help="vectors searched in, default all that are not trained with")

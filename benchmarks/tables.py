@@ -272,8 +272,19 @@ def machine() -> str:
 TABLES = {
     table.__name__: table
     for table in (
-        summary, quality, engine, qinco, tasks, module, fit, bundled, levers, search, machine,
-        costs, forecast,
+        summary,
+        quality,
+        engine,
+        qinco,
+        tasks,
+        module,
+        fit,
+        bundled,
+        levers,
+        search,
+        machine,
+        costs,
+        forecast,
     )
 }
 

@@ -10,7 +10,7 @@ from . import timing
 from .faiss_indexes import FaissSearcher, fixed, rated
 from .interface import BUILD_FILE, TOP_K, Collection, Searcher, assemble, is_built
 from .lance import LanceSearcher, is_installed
-from .own import OwnSearcher, own, train_additive
+from .own import KINDS, OwnSearcher, own, train_additive
 
 
 def rivals(data: Collection, sizes: list[int], lists: int, metric: int) -> list[Searcher]:
@@ -26,6 +26,7 @@ def rivals(data: Collection, sizes: list[int], lists: int, metric: int) -> list[
 
 __all__ = [
     "BUILD_FILE",
+    "KINDS",
     "TOP_K",
     "Collection",
     "FaissSearcher",

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from rqmoe_hf.saving import write_text
 
 from .interface import BLOCK, NPROBES, Collection, mark_built
 
+KINDS = ("flat", "ivf", "ivf-floats")
 SHORTLISTS = (20, 100, 400)
 TABLES_SHORTLIST = 20  # the scan ranks all but the last of a shortlist as the sums do
 
@@ -147,7 +148,15 @@ def train_additive(method: str, size: int, data: Collection, work: Path) -> tupl
     return str(folder), json.loads(notes.read_text("utf-8"))
 
 
-def own(given: str, work: Path, lists: int, name: str | None = None, trained: float = 0.0) -> Iterator[OwnSearcher]:
-    """All indexes over the codes of one quantizer."""
-    for count, floats in ((1, False), (lists, False), (lists, True)):
-        yield OwnSearcher(given, work, count, floats, name, trained)
+def own(
+    given: str,
+    work: Path,
+    lists: int,
+    kinds: Sequence[str] = KINDS,
+    name: str | None = None,
+    trained: float = 0.0,
+) -> Iterator[OwnSearcher]:
+    """Indexes of some kinds over the codes of one quantizer."""
+    for kind, count, floats in zip(KINDS, (1, lists, lists), (False, False, True), strict=True):
+        if kind in kinds:
+            yield OwnSearcher(given, work, count, floats, name, trained)
