@@ -17,6 +17,7 @@ from rivals.interface import squared_error
 from sets import load
 
 from rqmoe_hf import RQMoEConfig, RQMoEModel
+from rqmoe_hf.training.augmentation import NeighborJitter
 from rqmoe_hf.training.lsq import train_lsq
 
 SEARCHES = (0, 1, 2, 4, 8, 16, 32)  # rounds of local search
@@ -87,7 +88,7 @@ def main() -> None:
         if key in rows:
             continue
         start = time.perf_counter()
-        codebooks, _ = train_lsq(data.train - mean, sizes, center=mean, **settings)
+        codebooks, _ = train_lsq(data.train - mean, sizes, source=NeighborJitter(data.train - mean, mean), **settings)
         seconds = time.perf_counter() - start
         model, trained = quantizer(sizes, codebooks), data.train[:HELD_OUT] - mean
         rows[key] = {

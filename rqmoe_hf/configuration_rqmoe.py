@@ -9,7 +9,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from transformers import PreTrainedConfig
 
-from .limits_rqmoe import check_common, check_entries, check_sizes
+from .limits_rqmoe import check_codebooks, check_common, check_entries, check_sizes
 
 
 class RQMoEConfigError(StrictDataclassError, ValueError):
@@ -45,6 +45,9 @@ class RQMoEConfig(PreTrainedConfig):
         num_codebooks: Quantization steps, hence codes per vector (M).
         codebook_size: Codewords per codebook, 2 to 65,536 (K); of the largest one if they differ.
         codebook_sizes: Codewords of each codebook, where they differ: six of 1,024 and one of 16 make 64 bits.
+        search_blocks: Numbers of codebooks that are searched together, block after block, each on what the earlier
+            ones leave. For additive quantizers only. `None` is one block of all. `[13, 13]`: the first 13 codes are
+            those of a quantizer of the first 13 codebooks. `[1, 13]`: the first code is the nearest codeword.
         num_experts: Experts per step (N). 0 makes an additive quantizer: plain codebooks, nothing else.
         num_expert_layers: Residual bottleneck layers in each expert (L).
         intermediate_size: Width of the bottleneck (H).
@@ -60,7 +63,7 @@ class RQMoEConfig(PreTrainedConfig):
         num_candidates: Default number of codewords per beam entry that the encoder evaluates exactly.
         beam_size: Default number of partial codes that the encoder keeps per vector.
         local_search: Default rounds of local search with which the encoder improves the codes of the beam: slower, and
-            closer. 0 is none. It keeps tables of (num_codebooks * codebook_size)^2 numbers.
+            closer. 0 is none. It keeps tables of (num_codebooks * codebook_size)^2 numbers, for each of search_blocks.
         base_model: Id of the encoder whose embeddings this quantizer was trained for.
     """
 
@@ -71,6 +74,7 @@ class RQMoEConfig(PreTrainedConfig):
     num_codebooks: int = 8
     codebook_size: int = 256
     codebook_sizes: list[int] | None = None
+    search_blocks: list[int] | None = None
     num_experts: int = 2
     num_expert_layers: int = 1
     intermediate_size: int = 256
@@ -136,14 +140,7 @@ class RQMoEConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not 2 <= self.codebook_size <= 65536:
             raise ValueError(f"codebook_size must lie between 2 and 65536, got {self.codebook_size}.")
-        sizes = self.codebook_sizes
-        if sizes is not None and (
-            len(sizes) != self.num_codebooks or max(sizes) != self.codebook_size or min(sizes) < 2
-        ):
-            raise ValueError(
-                f"codebook_sizes must name {self.num_codebooks} sizes (num_codebooks), from 2 to {self.codebook_size} "
-                f"(codebook_size, the largest of them), got {sizes}."
-            )
+        check_codebooks(self)
         if self.num_experts < 0:
             raise ValueError(f"num_experts must be 0 (an additive quantizer) or more, got {self.num_experts}.")
         if self.gate == "none" and self.num_experts > 1:

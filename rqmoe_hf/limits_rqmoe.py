@@ -71,12 +71,30 @@ def check_sizes(config: Any) -> None:
                 f"This configuration asks for {count:,} {what}; at most {MAX_NUMBERS:,} are allowed: choose a smaller "
                 "hidden_size, num_codebooks, codebook_size, num_experts or intermediate_size."
             )
-    codewords = config.num_codebooks * config.codebook_size
+    codewords = max(config.search_blocks or [config.num_codebooks]) * config.codebook_size
     if config.local_search and codewords > MAX_CODEWORDS_IN_LOCAL_SEARCH:
         raise ValueError(
             f"local_search keeps (num_codebooks * codebook_size)^2 numbers, so that it is allowed up to "
             f"{MAX_CODEWORDS_IN_LOCAL_SEARCH:,} codewords in all, got {codewords:,}: set local_search=0."
         )
+
+
+def check_codebooks(config: Any) -> None:
+    """Raises ValueError unless sizes and blocks of the codebooks, where they are given, fit their number."""
+    sizes, blocks, count = config.codebook_sizes, config.search_blocks, config.num_codebooks
+    if sizes is not None and (len(sizes) != count or max(sizes) != config.codebook_size or min(sizes) < 2):
+        raise ValueError(
+            f"codebook_sizes must name {count} sizes (num_codebooks), from 2 to {config.codebook_size} "
+            f"(codebook_size, the largest of them), got {sizes}."
+        )
+    if blocks is None:
+        return
+    if min(blocks, default=0) < 1 or sum(blocks) != count:
+        raise ValueError(
+            f"search_blocks must be numbers of codebooks, from 1, and {count} together (num_codebooks), got {blocks}."
+        )
+    if config.num_experts:
+        raise ValueError(f"search_blocks are for additive quantizers: set num_experts=0, got {config.num_experts}.")
 
 
 def check_entries(entries: dict[str, Any], config_class: Any) -> None:

@@ -21,13 +21,13 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
+from .blocks_rqmoe import block_of, blocks_of, find_codes
 from .codes import bytes_per_vector, check_codes, pack_codes, unpack_codes
 from .configuration_rqmoe import RQMoEConfig
 from .decoding_rqmoe import decode_codes
-from .encoding_rqmoe import Tables, build_tables, encode_vectors
+from .encoding_rqmoe import Tables, build_tables
 from .experts_rqmoe import RQMoEExperts
 from .limits_rqmoe import check_finite, check_weight_files
-from .local_search_rqmoe import refine_codes
 
 _HUB_ARGUMENTS = ("repo_id", "commit_message", "private", "revision", "create_pr")  # of save_pretrained
 _BUILDING = threading.Lock()  # of all models: one in each could not be copied or pickled
@@ -175,7 +175,7 @@ class RQMoEModel(RQMoEPreTrainedModel):
         shape = (steps - 1, config.codebook_size, config.condition_size)
         self.instructions = nn.Parameter(torch.empty(shape)) if uses_instructions else None
         self.commit_hash: str | None = None  # on the Hub, of the weights loaded from there
-        self._tables: dict[torch.dtype, tuple[tuple, Tables]] = {}
+        self._tables: dict[tuple[torch.dtype, int | None], tuple[tuple, Tables]] = {}
         self.post_init()
 
     def train(self, mode: bool = True) -> "RQMoEModel":
@@ -397,19 +397,21 @@ class RQMoEModel(RQMoEPreTrainedModel):
             return torch.get_autocast_dtype(device)
         return self.codebooks.dtype if self.experts is None else self.experts.up_proj.dtype
 
-    def _tables_for(self, dtype: torch.dtype) -> Tables:
-        """The encoder's tables, rebuilt whenever a weight has changed since the last call.
+    def _tables_for(self, dtype: torch.dtype, start: int | None = None) -> Tables:
+        """The engine's tables, of all codebooks or of the block that begins at one, rebuilt if a weight has changed.
 
         `forward` and `train` clear them besides, since fused optimizers leave no trace on the weights' versions.
         """
+        start = start if self.config.search_blocks else None  # with one block its tables are all tables
         key = tuple((weight.data_ptr(), weight._version) for weight in self.parameters())
-        kept = self._tables.get(dtype)
+        kept = self._tables.get((dtype, start))
         if kept is None or kept[0] != key:
             with _BUILDING:  # threads that come at once wait for the first one's tables
-                kept = self._tables.get(dtype)
+                kept = self._tables.get((dtype, start))
                 if kept is None or kept[0] != key:
-                    weights = (self.codebooks, self.instructions, self.experts)
-                    kept = self._tables[dtype] = (key, build_tables(*weights, dtype, self.config.codebook_sizes))
+                    codebooks, sizes = block_of(self.codebooks, self.config, start)
+                    weights = (codebooks, self.instructions, self.experts)
+                    kept = self._tables[dtype, start] = (key, build_tables(*weights, dtype, sizes))
         return kept[1]
 
     def _packed_steps(self, codes: np.ndarray, num_codebooks: int | None) -> int:
@@ -433,11 +435,8 @@ class RQMoEModel(RQMoEPreTrainedModel):
         self, target: torch.Tensor, settings: dict[str, Any], local_search: int, settle_ties: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and standardised reconstructions of standardised vectors: beam search, then local search."""
-        dtype = self._compute_dtype()
-        found = encode_vectors(target, self._tables_for, dtype, settle_ties=settle_ties, **settings)
-        if not local_search:
-            return found
-        return refine_codes(target, found[0], self._tables_for(dtype), local_search, batch_invariant=settle_ties)
+        blocks, dtype = blocks_of(self.config, settings.pop("num_codebooks")), self._compute_dtype()
+        return find_codes(target, self._tables_for, dtype, blocks, local_search, settle_ties, **settings)
 
     def _local_search(self, rounds: int | None) -> int:
         if rounds is not None and rounds < 0:

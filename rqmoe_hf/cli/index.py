@@ -107,7 +107,8 @@ def search(
     shortlist: Annotated[int | None, typer.Option(help="Vectors that are ranked by their reconstructions.")] = None,
     encoder: EncoderName = None,
     shards: Annotated[
-        list[Path] | None, typer.Option("--shard", help="Folder of another shard, searched as one with it. May be repeated.")
+        list[Path] | None,
+        typer.Option("--shard", help="Folder of another shard, searched as one with it. May be repeated."),
     ] = None,
 ) -> None:
     """Search an index, or several shards as one, with texts, once or one after the other."""

@@ -36,6 +36,11 @@ def info(
             "base encoder": config.base_model,
             "dimension": config.hidden_size,
             "codes": f"{describe_sizes(config.num_codebooks, config.code_sizes)}, {config.bits_per_vector} bits",
+            **(
+                {"searched": f"in blocks of {', '.join(map(str, config.search_blocks))} codes"}
+                if config.search_blocks
+                else {}
+            ),
             "bytes per vector": f"{config.bytes_per_vector} (float32: {4 * config.hidden_size})",
             "experts": f"{config.num_experts} x {config.num_expert_layers} layers" if config.has_experts else "none",
             "conditioning": config.conditioning if config.has_experts else "none",

@@ -26,7 +26,9 @@ LocalSearch = Annotated[
     int | None, typer.Option(help="Rounds that improve the codes afterwards. More is slower and better.")
 ]
 Engine = Annotated[str, typer.Option(help="What does the work: local (this process), or ray (workers of Ray Data).")]
-Workers = Annotated[int | None, typer.Option(help="With ray: worker processes. Default: as many as there are CPUs for.")]
+Workers = Annotated[
+    int | None, typer.Option(help="With ray: worker processes. Default: as many as there are CPUs for.")
+]
 CpusPerWorker = Annotated[int | None, typer.Option(help="With ray: CPUs, and threads, of each worker. Default: 1.")]
 GpusPerWorker = Annotated[float | None, typer.Option(help="With ray: GPUs of each. Default: 1 if there are any.")]
 RayAddress = Annotated[str | None, typer.Option(help="With ray: a running cluster. Default: starts one here.")]

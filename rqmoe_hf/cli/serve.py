@@ -20,10 +20,12 @@ def serve(
         int, typer.Option(help="Vectors up to which searches are compared with exact ones.", min=0)
     ] = 100_000,
     shards: Annotated[
-        list[Path] | None, typer.Option("--shard", help="Folder of another shard, searched as one with it. May be repeated.")
+        list[Path] | None,
+        typer.Option("--shard", help="Folder of another shard, searched as one with it. May be repeated."),
     ] = None,
     engine: Annotated[
-        str, typer.Option(help="What searches: local, this process; or ray, replicas of each shard that Ray Serve keeps.")
+        str,
+        typer.Option(help="What searches: local, this process; or ray, replicas of each shard that Ray Serve keeps."),
     ] = "local",
     replicas: Annotated[int, typer.Option(help="Replicas of each shard, for --engine ray.", min=1)] = 2,
 ) -> None:

@@ -67,10 +67,14 @@ def train(
     num_codebooks: Annotated[int, typer.Option(help="Codes per vector.")] = 8,
     codebook_size: Annotated[int, typer.Option(help="Codewords per codebook; 256 makes a byte per code.")] = 256,
     codebook_sizes: Annotated[
-        str | None, typer.Option(help="Sizes where they differ, as 1024x6,16 (64 bits). Replaces the two above.")
+        str | None,
+        typer.Option(
+            help="Sizes where they differ, as 1024x6,16 (64 bits), and with + between blocks that are searched one after the other. Replaces the two above."
+        ),
     ] = None,
     bytes_per_vector: Annotated[
-        int | None, typer.Option("--bytes", help="Bytes per vector: chooses codebooks that suit the number of embeddings.")
+        int | None,
+        typer.Option("--bytes", help="Bytes per vector: chooses codebooks that suit the number of embeddings."),
     ] = None,
     num_experts: Annotated[int, typer.Option(help="Experts per step.")] = 2,
     num_expert_layers: Annotated[int, typer.Option(help="Layers per expert.")] = 1,
@@ -95,7 +99,9 @@ def train(
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     max_grad_value: Annotated[float | None, typer.Option(help="Clip gradient entries to this.")] = None,
     patience: Annotated[int | None, typer.Option(help="Stop after so many evaluations without gain.")] = None,
-    evaluations_per_epoch: Annotated[int, typer.Option(help="Evaluations, with a checkpoint each; in all, with --max-steps.")] = 1,
+    evaluations_per_epoch: Annotated[
+        int, typer.Option(help="Evaluations, with a checkpoint each; in all, with --max-steps.")
+    ] = 1,
     bf16: Annotated[bool, typer.Option(help="bfloat16 arithmetic where it is safe.")] = False,
     half_size: Annotated[bool, typer.Option(help="Round the result to bfloat16 values: half the file.")] = False,
     tensorboard: Annotated[bool, typer.Option(help="Log to TensorBoard (needs the package tensorboard).")] = False,
@@ -133,10 +139,12 @@ def train(
     else:
         held_out = load_embeddings(evaluation, column, split)
         held_out = held_out.select(range(min(evaluation_size, len(held_out))))
-    sizes = parse_sizes(codebook_sizes)
+    sizes, blocks = parse_sizes(codebook_sizes)
     if bytes_per_vector is not None:
         sizes = suitable_sizes(bytes_per_vector, limit if streaming and limit else len(dataset))
-        print(f"{bytes_per_vector} bytes per vector: {describe_sizes(len(sizes), sizes)} (--codebook-sizes for others)")
+        print(
+            f"{bytes_per_vector} bytes per vector: {describe_sizes(len(sizes), sizes)} (--codebook-sizes for others)"
+        )
     if sizes is not None:
         num_codebooks, codebook_size = len(sizes), max(sizes)
     if additive:
@@ -150,6 +158,7 @@ def train(
             num_codebooks=num_codebooks,
             codebook_size=codebook_size,
             codebook_sizes=sizes,
+            search_blocks=blocks,
             num_experts=num_experts,
             num_expert_layers=num_expert_layers,
             intermediate_size=intermediate_size,
@@ -200,14 +209,26 @@ def train(
         )
 
 
-def parse_sizes(text: str | None) -> list[int] | None:
-    """Reads "1024x6,16" as six codebooks of 1,024 codewords and one of 16."""
+def parse_sizes(text: str | None) -> tuple[list[int] | None, list[int] | None]:
+    """Reads "1024x6,16" as six codebooks of 1,024 codewords and one of 16; "256x8+256x8" as two blocks of eight.
+
+    Returns:
+        The sizes, and the numbers of codebooks of the blocks if there are several.
+    """
     if text is None:
-        return None
-    if not re.fullmatch(r"\d+(x\d+)?(,\d+(x\d+)?)*", text):
-        raise ValueError(f"codebook_sizes must be sizes and how often they occur, as in 1024x6,16; got {text!r}.")
-    parts = [part.partition("x") for part in text.split(",")]
-    return [int(size) for size, _, count in parts for _ in range(int(count or 1))]
+        return None, None
+    part = r"\d+(x\d+)?"
+    if not re.fullmatch(rf"{part}([,+]{part})*", text):
+        raise ValueError(
+            "codebook_sizes must be sizes and how often they occur, as in 1024x6,16, with + between blocks; "
+            f"got {text!r}."
+        )
+    blocks = []
+    for block in text.split("+"):
+        parts = [part.partition("x") for part in block.split(",")]
+        blocks.append([int(size) for size, _, count in parts for _ in range(int(count or 1))])
+    sizes = [size for block in blocks for size in block]
+    return sizes, [len(block) for block in blocks] if len(blocks) > 1 else None
 
 
 def build_config(member: Member, **settings):

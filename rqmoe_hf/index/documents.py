@@ -251,9 +251,7 @@ class Database:
 
     def documents_of(self, rows: Iterable[int]) -> dict[int, Document]:
         """Documents by row number."""
-        query = (
-            "SELECT row, id, text, metadata FROM vectors LEFT JOIN documents USING (row) WHERE row IN ({})"
-        )
+        query = "SELECT row, id, text, metadata FROM vectors LEFT JOIN documents USING (row) WHERE row IN ({})"
         try:
             return {
                 row: Document(id, text, json.loads(metadata) if metadata else {})

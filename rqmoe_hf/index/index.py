@@ -305,4 +305,3 @@ class RQMoEIndex(Collection):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-

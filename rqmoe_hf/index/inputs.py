@@ -126,5 +126,3 @@ def ids_array(ids: Sequence[Id | None]) -> np.ndarray:
     if all(isinstance(id, int) for id in ids):
         return np.array(ids, np.int64)
     return np.array(ids, object)
-
-

@@ -161,9 +161,7 @@ class RQMoEVectorStore(BasePydanticVectorStore):
 
     # --- reading -------------------------------------------------------------------------------------------------
 
-    def get_nodes(
-        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None
-    ) -> list[BaseNode]:
+    def get_nodes(self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None) -> list[BaseNode]:
         """The nodes that have one of these ids and match the filters; all if neither is given."""
         return [_to_node(document) for document in self._found(node_ids, filters)]
 

@@ -4,6 +4,8 @@ Codebooks learn the noise of the vectors that they are fitted to. Fresh vectors 
 difference of two neighbours of a vector is a sample of how vectors differ in its surroundings.
 """
 
+from functools import cached_property
+
 import faiss
 import numpy as np
 from tqdm.auto import tqdm
@@ -36,10 +38,14 @@ class NeighborJitter:
         neighbors: int = NEIGHBORS,
         show_progress_bar: bool = False,
     ):
-        self.vectors = vectors
+        self.vectors, self.show_progress_bar = vectors, show_progress_bar
         self.center = np.zeros(vectors.shape[1], np.float32) if center is None else center.astype(np.float32)
-        count = min(neighbors, len(vectors) - 1)
-        self.neighbors = _nearest(vectors, count, show_progress_bar) if count >= 2 else None
+        self.count = min(neighbors, len(vectors) - 1)
+
+    @cached_property
+    def neighbors(self) -> np.ndarray:
+        """Of each vector, int32 `(n, count)`; looked for when they are first needed."""
+        return _nearest(self.vectors, self.count, self.show_progress_bar)
 
     def draw(self, rows: np.ndarray, energy: float, generator: np.random.Generator) -> np.ndarray:
         """New vectors near some of the given ones.
@@ -54,7 +60,7 @@ class NeighborJitter:
             float32 `(k, d)`, centred as the given ones.
         """
         given = self.vectors[rows]
-        if self.neighbors is None or energy <= 0:
+        if self.count < 2 or energy <= 0:
             return given
         places = generator.integers(self.neighbors.shape[1], size=(2, len(rows)))
         first, second = (self.vectors[self.neighbors[rows, place]] for place in places)

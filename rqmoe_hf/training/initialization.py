@@ -9,10 +9,13 @@ import numpy as np
 import torch
 
 from ..additive import faiss_widths
+from ..blocks_rqmoe import blocks_of
 from ..codes import bits_per_code, sizes_for_bytes, sizes_of
 from ..local_search_rqmoe import MAX_PAIRS
 from ..modeling_rqmoe import RQMoEModel
-from .lsq import TEMPERATURE, train_lsq
+from .augmentation import NeighborJitter
+from .blocks import train_blocks
+from .lsq import TEMPERATURE
 
 MIN_VECTORS_PER_CODEWORD = 4
 # Per codeword of all codebooks. A codeword costs what a coefficient of least squares costs: accuracy on other vectors,
@@ -43,7 +46,8 @@ def initialize(
     Args:
         model: A new model; its weights are overwritten.
         embeddings: Floating point `(n, hidden_size)`.
-        method: `"rq"`: Faiss's residual quantizer, any size. `"lsq"`: codebooks optimised together ([`train_lsq`]),
+        method: `"rq"`: Faiss's residual quantizer, any size. `"lsq"`: codebooks optimised together ([`train_lsq`];
+            block by block if the config has `search_blocks`),
             better and slower; its tables grow with the square of num_codebooks * codebook_size.
         sample_size: Vectors that the residual quantizer trains on, or that a round of LSQ sees.
         beam_size: Beam of the residual quantizer in its training.
@@ -74,20 +78,17 @@ def initialize(
         raise ValueError(f"The embeddings' variance is {variance}: they are constant, or hold NaN or infinity.")
     if method == "lsq":
         sizes = sizes_of(config.num_codebooks, config.code_sizes)
-        _check_lsq(sizes)
+        blocks = [sizes[block] for block in blocks_of(config, config.num_codebooks)]
+        for block in blocks:
+            _check_lsq(block)
         standardised = ((embeddings - mean.astype(np.float32)) / np.float32(np.sqrt(variance))).astype(np.float32)
-        found, codes = train_lsq(
-            standardised,
-            sizes,
-            rounds,
-            batch_size=sample_size,
-            seed=seed,
-            checkpoint=checkpoint,
-            show_progress_bar=show_progress_bar,
-            temperature=temperature,
-            center=mean / np.sqrt(variance),
+        source = NeighborJitter(standardised, mean / np.sqrt(variance), show_progress_bar=show_progress_bar)
+        settings = {"rounds": rounds, "batch_size": sample_size, "temperature": temperature}
+        trained = train_blocks(
+            standardised, blocks, source, checkpoint, seed, show_progress_bar=show_progress_bar, **settings
         )
-        codebooks = _pad(sort_by_energy(found, codes)[0], config.codebook_size)
+        ordered = [book for block in trained for book in sort_by_energy(block.codebooks, block.codes)[0]]
+        codebooks = _pad(ordered, config.codebook_size)
     else:
         rows = np.random.default_rng(seed).permutation(len(embeddings))[:sample_size]
         sample = ((embeddings[np.sort(rows)] - mean) / np.sqrt(variance)).astype(np.float32)

@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from ..least_squares import MAX_COLUMNS, RecentFit, RunningFit, starts_of
 from ..local_search_rqmoe import build_pair_tables, local_search
-from .augmentation import NEIGHBORS, NeighborJitter
+from .augmentation import NeighborJitter
 
 BATCH = 2048
 BATCH_SIZE = 65_536
@@ -31,6 +31,19 @@ TEMPERATURE = 1.0
 JITTER, MAX_JITTER = 3.0, 0.5  # energy of what vectors are moved by, as a share of the error: per codeword and vector
 DOUBLE_COLUMNS = 4096  # equations that are solved in double precision
 SAVING_SHARE = 0.1  # of the time, at most, goes into writing checkpoints
+
+
+class EarlierCodebooks(Protocol):
+    """What [`train_lsq`] asks of the codebooks before its own."""
+
+    @property
+    def checksum(self) -> int:
+        """Differs for different codebooks."""
+        ...
+
+    def leave(self, rows: np.ndarray, vectors: np.ndarray, number: int) -> np.ndarray:
+        """What they leave of training vectors `rows`, or of `vectors` near them, in a round."""
+        ...
 
 
 def train_lsq(
@@ -46,7 +59,8 @@ def train_lsq(
     temperature: float = TEMPERATURE,
     jitter: float | None = None,
     keep: tuple[float, float] = (0.6, 0.9),
-    center: np.ndarray | None = None,
+    source: NeighborJitter | None = None,
+    earlier: EarlierCodebooks | None = None,
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Trains codebooks whose sums approximate the vectors.
 
@@ -66,8 +80,8 @@ def train_lsq(
         jitter: Energy of what vectors are moved by at random, as a share of the present error; 0 for none. Default:
             three times the codewords of all codebooks per vector, up to .5.
         keep: Weight of all older rounds in the fit to the next, during the annealing and in the final rounds.
-        center: float32 `(d,)` that was subtracted from the vectors, in their units: what is moved keeps its norm
-            before that.
+        source: Of the moved vectors; default one of these vectors, as if nothing had been subtracted from them.
+        earlier: Codebooks that come before these. What they leave of the vectors is what these are trained on.
 
     Returns:
         Codebooks, float32 `(K_m, d)` each, and codes of the vectors, int64 `(n, M)`, of the last round that saw them.
@@ -76,19 +90,22 @@ def train_lsq(
     final_rounds = max(FINAL_ROUNDS, -(-len(vectors) // size)) if final_rounds is None else final_rounds
     jitter = min(MAX_JITTER, JITTER * sum(sizes) / len(vectors)) if jitter is None else jitter
     run = [*vectors.shape, rounds, final_rounds, search_rounds, size, seed, temperature, jitter, *keep, *sizes]
+    run += [] if earlier is None else [earlier.checksum]
     state = _State(sizes, vectors.shape, seed)
     state.restore(checkpoint, run)
-    source = NeighborJitter(vectors, center, NEIGHBORS if jitter else 0, show_progress_bar)
-    deviation = vectors.std(axis=0)
+    source = source or NeighborJitter(vectors, show_progress_bar=show_progress_bar)
     total = rounds + final_rounds
     bar = tqdm(total=total, initial=state.done, desc="LSQ", unit="round", disable=not show_progress_bar)
     for number in range(state.done, total):
         rows = _batch(number, size, len(vectors), seed)
         batch = source.draw(rows, jitter * state.error, np.random.default_rng([seed, number, 0]))
+        if earlier is not None:
+            batch = earlier.leave(rows, batch, number)
         if not number:
+            state.deviation = batch.std(axis=0)
             state.fit.add(state.codes[rows], batch)
             state.codewords = state.fit.solve(1.0)
-        noise = temperature * _cooling(number, rounds) / len(sizes) * deviation
+        noise = temperature * _cooling(number, rounds) / len(sizes) * state.deviation
         perturbed = _perturb(state.codewords, noise, np.random.default_rng([seed, number, 1]))
         codes = _improve(state.codes[rows], batch, _split(perturbed, sizes), search_rounds, number)
         state.codes[rows] = codes
@@ -96,7 +113,7 @@ def train_lsq(
         state.fit.add(codes, batch, keep[number >= rounds])
         state.codewords = state.fit.solve(_ridge(state.error, state.codewords))
         state.done += 1
-        state.keep(checkpoint, run)
+        state.keep(checkpoint, run, state.done == total)
         bar.set_postfix(error=f"{state.error:.4g}")
         bar.update()
     bar.close()
@@ -110,6 +127,7 @@ class _State:
         self.done, self.error, total = 0, 0.0, sum(sizes)
         self.codes = np.random.default_rng(seed).integers(sizes, size=(shape[0], len(sizes))).astype(np.uint16)
         self.codewords = np.zeros((total, shape[1]), np.float32)
+        self.deviation = np.zeros(shape[1], np.float32)  # of what is quantized, before it is
         kind = torch.float64 if total <= DOUBLE_COLUMNS else torch.float32
         self.fit = RunningFit(sizes, shape[1], kind) if total <= MAX_COLUMNS else RecentFit(sizes, shape[1])
         self.saved, self.saving = time.perf_counter(), 0.0  # when a checkpoint was written, and how long it took
@@ -122,18 +140,19 @@ class _State:
             if saved["run"].tolist() == run:
                 self.done, self.error = int(saved["done"]), float(saved["error"])
                 self.codes, self.codewords = saved["codes"], saved["codewords"]
+                self.deviation = saved["deviation"]
                 self.fit.restore({name[4:]: saved[name] for name in saved.files if name.startswith("fit_")})
 
-    def keep(self, file: Path | None, run: list[float]) -> None:
-        """Writes the file, unless that would take too much of the time."""
+    def keep(self, file: Path | None, run: list[float], last: bool) -> None:
+        """Writes the file, unless that would take too much of the time; the last one always."""
         start = time.perf_counter()
-        if file is None or start - self.saved < self.saving / SAVING_SHARE:
+        if file is None or (not last and start - self.saved < self.saving / SAVING_SHARE):
             return
         file.parent.mkdir(parents=True, exist_ok=True)
         scratch = file.with_suffix(".tmp.npz")
         fit = {f"fit_{name}": value for name, value in self.fit.state().items()}
         parts: dict[str, Any] = {"run": run, "done": self.done, "error": self.error, **fit}
-        np.savez(scratch, codes=self.codes, codewords=self.codewords, **parts)
+        np.savez(scratch, codes=self.codes, codewords=self.codewords, deviation=self.deviation, **parts)
         os.replace(scratch, file)
         self.saved = time.perf_counter()
         self.saving = self.saved - start

@@ -18,6 +18,7 @@ from ..evaluation import evaluate
 from ..modeling_rqmoe import RQMoEModel
 from ..record import RECORD_FILE, TRAINING_FILE, measure
 from ..saving import round_weights, save_whole, write_text
+from .blocks import checkpoints
 from .initialization import initialize
 from .lsq import TEMPERATURE
 from .trainer import MAX_EVALUATION_VECTORS, RQMoETrainer, RQMoETrainingArguments, last_complete_checkpoint
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 STATISTICS_ROWS = 200_000  # mean and scale of a larger set are those of a sample
 LSQ_ROWS = 1_000_000  # vectors that LSQ is trained on, at most: all are kept in memory
 LOCAL_SEARCH = 16  # rounds with which codebooks of LSQ are used
-LSQ_FILE = "lsq.npz"  # beside the checkpoints: LSQ half done
+LSQ_FILE = "lsq.npz"  # beside the checkpoints, with a number: LSQ half done
 ADDITIVE_FOLDER = "additive"  # beside the checkpoints: what training started from
 
 
@@ -105,7 +106,8 @@ def train_quantizer(
         }
         save_whole(quantizer, output, files, half_size)  # first: nothing that is measured may cost the weights
         write_text(output / RECORD_FILE, measure(quantizer, vectors).to_json())
-        (Path(args.output_dir) / LSQ_FILE).unlink(missing_ok=True)
+        for file in checkpoints(Path(args.output_dir) / LSQ_FILE):
+            file.unlink()
     trainer.accelerator.wait_for_everyone()
     quantizer.name_or_path = str(output)  # where push_to_hub finds evaluation and notes
     return quantizer
@@ -125,9 +127,7 @@ def _start(
     sample = sample_array(dataset, max(LSQ_ROWS if method == "lsq" else STATISTICS_ROWS, sample_size), args.seed)
     settings = (method, sample_size, beam_size, args.seed, folder / LSQ_FILE)
     rounds, temperature = annealing
-    initialize(
-        quantizer, sample, *settings, rounds, show_progress_bar=not args.disable_tqdm, temperature=temperature
-    )
+    initialize(quantizer, sample, *settings, rounds, show_progress_bar=not args.disable_tqdm, temperature=temperature)
     if quantizer.config.has_experts:
         save_whole(additive_member(quantizer, method), folder / ADDITIVE_FOLDER, {}, False)
 
