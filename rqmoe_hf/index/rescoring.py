@@ -103,7 +103,8 @@ class Rescorer:
             vectors[there] = self._vectors_of(wanted[there], rescore, known)
         vectors = vectors[places.reshape(rows.shape)]  # (n, m, d)
         if self.metric == "l2":
-            scores = -np.square(vectors - queries[:, None]).sum(axis=2)
+            vectors -= queries[:, None]
+            scores = -np.square(vectors, out=vectors).sum(axis=2)
         else:
             scores = np.einsum("nmd,nd->nm", vectors, queries)
         scores[rows < 0] = -np.inf
