@@ -14,7 +14,6 @@ quantizer of one dimension, in which every query is 1.
 import hashlib
 import json
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -33,6 +32,7 @@ from ..least_squares import starts_of
 from ..modeling_rqmoe import RQMoEModel
 from .codewords import exact_codewords, fit_codewords
 from .documents import DamagedRowsError
+from .scans import FEW_THREADS, mapping, scan_lists
 
 NORM_LEVELS = 256
 FIT_ROWS = 32_768
@@ -209,13 +209,14 @@ class Scanner:
         share = count / max(index.ntotal, 1) if share is None else share
         scores = np.empty((len(queries), count + 1), np.float32)  # one more tells whether the last has equals
         found = np.empty((len(queries), count + 1), np.int64)
-        with ThreadPoolExecutor(workers := _workers(len(queries))) as pool:
+        with mapping(workers := _workers(len(queries))) as each:
             indexes = [index, *(self._sharing(index) for _ in range(1, workers))]
+            scan = scan_lists if workers <= FEW_THREADS else _scan
             for start in range(0, len(queries), QUERIES):
                 block = slice(start, start + QUERIES)
                 arrays = self._look_ups(queries[block], share), chosen[block], scores[block], found[block]
                 parts = zip(*(np.array_split(array, workers) for array in arrays), strict=True)
-                list(pool.map(_scan, indexes, *zip(*parts, strict=True)))
+                list(each(scan, indexes, *zip(*parts, strict=True)))
                 _settle_ties(index, *arrays)
         return scores[:, :count], found[:, :count]
 
@@ -228,13 +229,15 @@ class Scanner:
 
     def _look_ups(self, queries: np.ndarray, share: float) -> np.ndarray:
         """What every value of every code adds to the score, `(n, values of all codes)`."""
-        parts, norms = [queries @ self._codewords.T], self.tables.norms
+        norms, values = self.tables.norms, len(self._codewords)
+        unused = 8 * self.code_bytes - sum(self._bits)
+        more = 0 if norms is None else NORM_LEVELS + (1 << unused if unused else 0)
+        look_ups = np.zeros((len(queries), values + more), np.float32)
+        np.matmul(queries, self._codewords.T, out=look_ups[:, :values])  # in place: copies take as long as the product
         if norms is not None:
-            unused = 8 * self.code_bytes - sum(self._bits)
-            parts.append(np.zeros((len(queries), 1 << unused if unused else 0), np.float32))
-            squares = np.broadcast_to(-0.5 * norms**2, (len(queries), NORM_LEVELS))
-            parts.append(squares if self.metric == "l2" else -self.thresholds(queries, share)[:, None] * norms)
-        return np.hstack(parts)
+            added = -0.5 * norms**2 if self.metric == "l2" else -self.thresholds(queries, share)[:, None] * norms
+            look_ups[:, -NORM_LEVELS:] = added
+        return look_ups
 
     def thresholds(self, queries: np.ndarray, share: float) -> np.ndarray:
         """The cosine that about a share of all codes exceeds, for each query: float32 `(n,)`."""
@@ -402,7 +405,7 @@ def _settle_ties(index, look_ups: np.ndarray, lists: np.ndarray, scores: np.ndar
         while width < index.ntotal and found[0, -1] >= 0 and more[0, -1] == scores[place, -1]:
             width = min(4 * width, index.ntotal)
             more, found = np.empty((1, width), np.float32), np.empty((1, width), np.int64)
-            _scan(index, look_ups[one], lists[one], more, found)
+            scan_lists(index, look_ups[one], lists[one], more, found)
         order = np.lexsort((found[0], -more[0]))
         order = order[found[0][order] >= 0][: scores.shape[1]]
         scores[place], rows[place] = more[0][order], found[0][order]
