@@ -45,6 +45,8 @@ class RQMoEConfig(PreTrainedConfig):
         num_codebooks: Quantization steps, hence codes per vector (M).
         codebook_size: Codewords per codebook, 2 to 65,536 (K); of the largest one if they differ.
         codebook_sizes: Codewords of each codebook, where they differ: six of 1,024 and one of 16 make 64 bits.
+        search_blocks: Numbers of codebooks that are searched together, block after block, each on what earlier ones
+            leave; of additive quantizers only. `[1, 13]`: the first code is the nearest codeword. `None` is one block.
         num_experts: Experts per step (N). 0 makes an additive quantizer: plain codebooks, nothing else.
         num_expert_layers: Residual bottleneck layers in each expert (L).
         intermediate_size: Width of the bottleneck (H).
@@ -71,6 +73,7 @@ class RQMoEConfig(PreTrainedConfig):
     num_codebooks: int = 8
     codebook_size: int = 256
     codebook_sizes: list[int] | None = None
+    search_blocks: list[int] | None = None
     num_experts: int = 2
     num_expert_layers: int = 1
     intermediate_size: int = 256
@@ -143,6 +146,13 @@ class RQMoEConfig(PreTrainedConfig):
             raise ValueError(
                 f"codebook_sizes must name {self.num_codebooks} sizes (num_codebooks), from 2 to {self.codebook_size} "
                 f"(codebook_size, the largest of them), got {sizes}."
+            )
+        blocks = self.search_blocks
+        unfit = blocks is not None and (min(blocks, default=0) < 1 or sum(blocks) != self.num_codebooks)
+        if unfit or (blocks is not None and self.num_experts):
+            raise ValueError(
+                f"search_blocks must be numbers of codebooks, together {self.num_codebooks} (num_codebooks), of an "
+                f"additive quantizer (num_experts=0), got {blocks} and num_experts={self.num_experts}."
             )
         if self.num_experts < 0:
             raise ValueError(f"num_experts must be 0 (an additive quantizer) or more, got {self.num_experts}.")
