@@ -42,7 +42,7 @@ def split_codes(packed: np.ndarray, bits: int, width: int) -> tuple[np.ndarray, 
     return first, (low >> shift | high << (8 - shift)).astype(np.uint8)
 
 
-def joined_codes(rest: np.ndarray, first: int, bits: int) -> np.ndarray:
-    """Puts one first code behind all of some codes, at a whole byte: uint8 `(n, bytes)`."""
-    tail = np.frombuffer(first.to_bytes(-(-bits // 8), "little"), np.uint8)
-    return np.hstack([rest, np.broadcast_to(tail, (len(rest), len(tail)))])
+def joined_codes(rest: np.ndarray, first: np.ndarray, bits: int) -> np.ndarray:
+    """Puts first codes `(n,)` of so many bits behind the others, at a whole byte: uint8 `(n, bytes)`."""
+    tail = first.astype("<u2").view(np.uint8).reshape(-1, 2)
+    return np.hstack([rest, tail[:, : -(-bits // 8)]])

@@ -287,11 +287,11 @@ class Scanner:
         """An index of one list with some rows, since Faiss's additive scanners cannot leave rows out."""
         import faiss
 
-        by_first = self.tables.by_first_code
-        index = self._made(1, by_first)
+        index = self._made(1, self.tables.by_first_code)
         marks = np.zeros(int(rows[-1]) + 1 if len(rows) and rows[-1] < MARKS else 0, bool)
         if len(marks):
             marks[rows] = True
+        kept, sizes = [], np.zeros(self.lists, np.int64)
         for number in range(self.lists):
             ids, codes = self._list(number)
             if len(marks):
@@ -299,11 +299,14 @@ class Scanner:
                 inside[inside] = marks[ids[inside]]
             else:
                 inside = np.isin(ids, rows)
-            kept = np.ascontiguousarray(ids[inside]), np.ascontiguousarray(codes[inside])
-            if len(kept[0]):
-                kept = kept[0], joined_codes(kept[1], number, self._bits[0]) if by_first else kept[1]
-                index.invlists.add_entries(0, len(kept[0]), faiss.swig_ptr(kept[0]), faiss.swig_ptr(kept[1]))
-                index.ntotal += len(kept[0])
+            kept.append((ids[inside], codes[inside]))
+            sizes[number] = len(kept[-1][0])
+        ids, codes = (np.concatenate(parts) for parts in zip(*kept, strict=True))
+        if self.tables.by_first_code:
+            codes = joined_codes(codes, np.repeat(np.arange(self.lists), sizes), self._bits[0])
+        if len(ids):
+            index.invlists.add_entries(0, len(ids), faiss.swig_ptr(ids), faiss.swig_ptr(codes))
+            index.ntotal = len(ids)
         return index
 
     def _list(self, number: int) -> tuple[np.ndarray, np.ndarray]:
