@@ -138,7 +138,7 @@ class Scanner:
 
     @property
     def bytes_per_vector(self) -> int:
-        """Bytes in memory for each vector: its code, the code of its norm and its row number."""
+        """Bytes in memory for each vector: its code, less what the list tells, that of its norm, row number."""
         return self._index.code_size + 8
 
     @property
