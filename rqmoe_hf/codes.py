@@ -130,13 +130,13 @@ def unpack_codes(packed: np.ndarray, num_codebooks: int, codebook_size: int | Se
     if set(bits) <= {8} or set(bits) <= {16}:
         codes[:] = np.ascontiguousarray(packed).view("<u2" if bits[0] == 16 else "u1")
     else:
-        ends = np.cumsum(bits)
+        begins = np.cumsum([0, *bits[:-1]])
+        first, shifts, masks = begins // 8, begins % 8, (1 << np.array(bits)) - 1
         rows = max(1, PACKING_BATCH // num_codebooks)
-        for start in range(0, len(packed), rows):
-            part = packed[start : start + rows]
-            stream = np.unpackbits(part, axis=1, count=int(ends[-1]), bitorder="little")
-            for step, (width, end) in enumerate(zip(bits, ends, strict=True)):
-                codes[start : start + rows, step] = stream[:, end - width : end] @ (1 << np.arange(width))
+        for start in range(0, len(packed), rows):  # a code of up to 16 bits lies within three bytes
+            part = np.pad(packed[start : start + rows], ((0, 0), (0, 2))).astype(np.int32)
+            window = part[:, first] | part[:, first + 1] << 8 | part[:, first + 2] << 16
+            codes[start : start + rows] = window >> shifts & masks
     if len(codes) and any(codewords < 1 << width for codewords, width in zip(sizes, bits, strict=True)):
         check_codes(codes, num_codebooks, codebook_size)
     return codes

@@ -99,15 +99,20 @@ class Rescorer:
     def _scores(self, queries: np.ndarray, rows: np.ndarray, rescore: str, known: KnowsRows) -> np.ndarray:
         """Scores of candidates `(n, m)`; minus infinity where there is none."""
         wanted, places = np.unique(rows, return_inverse=True)
-        vectors = np.zeros((len(wanted), queries.shape[1]), np.float32)
-        there = wanted >= 0
-        if there.any():
-            vectors[there] = self._vectors_of(wanted[there], rescore, known)
-        vectors = vectors[places.reshape(rows.shape)]  # (n, m, d)
-        if self.metric == "l2":
-            scores = -np.square(vectors - queries[:, None]).sum(axis=2)
+        places = places.reshape(rows.shape)
+        if not len(wanted) or wanted[-1] < 0:
+            return np.full(rows.shape, -np.inf, np.float32)
+        if wanted[0] < 0:  # there is one place without a row
+            vectors = np.zeros((len(wanted), queries.shape[1]), np.float32)
+            vectors[1:] = self._vectors_of(wanted[1:], rescore, known)
         else:
-            scores = np.einsum("nmd,nd->nm", vectors, queries)
+            vectors = self._vectors_of(wanted, rescore, known)
+        near = vectors[places]  # (n, m, d)
+        if self.metric == "l2":
+            near -= queries[:, None]
+            scores = -np.square(near, out=near).sum(axis=2)
+        else:
+            scores = np.einsum("nmd,nd->nm", near, queries)
         scores[rows < 0] = -np.inf
         return scores
 

@@ -17,7 +17,6 @@ for "l2", by cosine for "cosine".
 
 import hashlib
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -37,6 +36,7 @@ from ..modeling_rqmoe import RQMoEModel
 from .codewords import exact_codewords, fit_codewords
 from .documents import DamagedRowsError
 from .first_codes import first_lists, joined_codes, split_codes
+from .scans import FEW_THREADS, mapping, scan, scan_soon
 from .snapshots import check_arrays, span_of
 
 NORM_LEVELS = 256
@@ -231,14 +231,15 @@ class Scanner:
         share = count / max(index.ntotal, 1) if share is None else share
         scores = np.empty((len(queries), count + 1), np.float32)  # one more tells whether the last has equals
         found = np.empty((len(queries), count + 1), np.int64)
-        with ThreadPoolExecutor(workers := _workers(len(queries))) as pool:
+        with mapping(workers := _workers(len(queries))) as each:
             indexes = [index, *(self._sharing(index) for _ in range(1, workers))]
+            scan_part = scan_soon if workers <= FEW_THREADS else scan
             for start in range(0, len(queries), QUERIES):
                 block = slice(start, start + QUERIES)
                 tables = self._look_ups(queries[block], share, chosen[block], rows is not None)
                 arrays = *tables, chosen[block], scores[block], found[block]
                 parts = zip(*(np.array_split(array, workers) for array in arrays), strict=True)
-                list(pool.map(_scan, indexes, *zip(*parts, strict=True)))
+                list(each(scan_part, indexes, *zip(*parts, strict=True)))
                 _settle_ties(index, *arrays)
         return scores[:, :count], found[:, :count]
 
@@ -260,20 +261,20 @@ class Scanner:
             chosen: Lists to scan, `(n, nprobe)`.
             only: For an index of [`_only`] some rows.
         """
-        products, norms = queries @ self._codewords.T, self.tables.norms
+        norms, values = self.tables.norms, len(self._codewords)
         first = len(self.tables.codewords[0]) if self.tables.by_first_code else 0
-        behind = []
+        levels, again = 0 if norms is None else NORM_LEVELS, first if only else 0
+        norm = values + (1 << self._unused if self._unused and levels + again else 0)  # where those of the norm begin
+        look_ups = np.zeros((len(queries), norm + levels + again), np.float32)
+        np.matmul(queries, self._codewords.T, out=look_ups[:, :values])  # in place: copies take as long as the product
         if norms is not None:
-            squares = np.broadcast_to(-0.5 * norms**2, (len(queries), NORM_LEVELS))
-            behind.append(squares if self.metric == "l2" else -self.thresholds(queries, share)[:, None] * norms)
-        added = np.zeros(chosen.shape, np.float32)
-        if first and only:
-            behind.append(products[:, :first])
-        elif first:
-            added = np.take_along_axis(products, chosen, 1)
-        if behind and self._unused:
-            behind.insert(0, np.zeros((len(queries), 1 << self._unused), np.float32))
-        return np.hstack([products[:, first:], *behind]), added
+            shares = -0.5 * norms**2 if self.metric == "l2" else -self.thresholds(queries, share)[:, None] * norms
+            look_ups[:, norm : norm + levels] = shares
+        if again:
+            look_ups[:, -again:] = look_ups[:, :again]
+        by_list = first and not only
+        added = np.take_along_axis(look_ups, chosen, 1) if by_list else np.zeros(chosen.shape, np.float32)
+        return look_ups[:, first:], added
 
     def thresholds(self, queries: np.ndarray, share: float) -> np.ndarray:
         """The cosine that about a share of all codes exceeds, for each query: float32 `(n,)`."""
@@ -428,21 +429,6 @@ def _workers(queries: int) -> int:
     return max(1, min(faiss.omp_get_max_threads(), queries // 8))
 
 
-def _scan(
-    index, look_ups: np.ndarray, added: np.ndarray, lists: np.ndarray, scores: np.ndarray, rows: np.ndarray
-) -> None:
-    """Scans some lists for each query, with what each adds to its scores; fills in scores and rows, best first."""
-    import faiss
-
-    codebooks = faiss.rev_swig_ptr(index.rq.codebooks.data(), look_ups.shape[1])
-    one = np.ones((1, 1), np.float32)
-    index.nprobe = lists.shape[1]
-    for place, look_up in enumerate(look_ups):
-        codebooks[:] = look_up
-        found = index.search_preassigned(one, scores.shape[1], lists[place : place + 1], added[place : place + 1])
-        scores[place], rows[place] = found[0][0], found[1][0]
-
-
 def _settle_ties(
     index, look_ups: np.ndarray, added: np.ndarray, lists: np.ndarray, scores: np.ndarray, rows: np.ndarray
 ) -> None:
@@ -456,7 +442,7 @@ def _settle_ties(
         while width < index.ntotal and found[0, -1] >= 0 and more[0, -1] == scores[place, -1]:
             width = min(4 * width, index.ntotal)
             more, found = np.empty((1, width), np.float32), np.empty((1, width), np.int64)
-            _scan(index, look_ups[one], added[one], lists[one], more, found)
+            scan_soon(index, look_ups[one], added[one], lists[one], more, found)
         order = np.lexsort((found[0], -more[0]))
         order = order[found[0][order] >= 0][: scores.shape[1]]
         scores[place], rows[place] = more[0][order], found[0][order]

@@ -1,0 +1,137 @@
+"""Quick ways of searching give what slow ones give: scans against loops, kept numbers against the database."""
+
+import gc
+import sqlite3
+import threading
+
+import faiss
+import numpy as np
+import pytest
+from conftest import MEMBERS, randomize
+
+from rqmoe_hf import RQMoEModel, unpack_codes
+from rqmoe_hf.additive import faiss_widths
+from rqmoe_hf.index import RQMoEIndex
+from rqmoe_hf.index.scanning import fit_scanner
+from rqmoe_hf.index.scans import mapping, scan_lists
+
+BITS, LISTS, EMPTY = [10, 3, 7, 4], 12, 5
+
+
+@pytest.fixture(scope="module")
+def additive() -> RQMoEModel:
+    return randomize(RQMoEModel(MEMBERS["additive"]))
+
+
+@pytest.fixture(scope="module")
+def filled() -> tuple[faiss.Index, list[tuple[np.ndarray, np.ndarray]]]:
+    """A Faiss index of three bytes per code, and what its lists hold: row numbers and unpacked codes."""
+    random, unit = np.random.default_rng(0), faiss.IndexFlatIP(1)
+    inner, nonorm = faiss.METRIC_INNER_PRODUCT, faiss.AdditiveQuantizer.ST_LUT_nonorm
+    index = faiss.IndexIVFResidualQuantizer(unit, 1, LISTS, faiss_widths(BITS), inner, nonorm)
+    index.referenced_objects, index.by_residual = [unit], False
+    faiss.copy_array_to_vector(np.zeros(sum(1 << width for width in BITS), np.float32), index.rq.codebooks)
+    index.rq.is_trained = index.is_trained = True
+    rows, held = random.permutation(5000), []
+    for number in range(LISTS):
+        size = 0 if number == EMPTY else 20 + 10 * number
+        packed = random.integers(0, 256, (size, 3), dtype=np.uint8)
+        mine, rows = np.ascontiguousarray(rows[:size]), rows[size:]
+        if size:
+            index.invlists.add_entries(number, size, faiss.swig_ptr(mine), faiss.swig_ptr(packed))
+            index.ntotal += size
+        held.append((mine, unpack_codes(packed, len(BITS), [1 << width for width in BITS])))
+    return index, held
+
+
+def loop(held, look_up, lists):
+    """Scores by row, of all that some lists hold."""
+    tables, scores = np.split(look_up, np.cumsum([1 << width for width in BITS])[:-1]), {}
+    for number in lists:
+        for row, code in zip(*held[number], strict=True):
+            scores[int(row)] = sum(float(table[value]) for table, value in zip(tables, code, strict=True))
+    return scores
+
+
+@pytest.mark.parametrize("count", [1, 9, 300])  # of the last there are fewer
+def test_lists_are_scanned_as_a_loop_would(filled, count):
+    index, held = filled
+    random = np.random.default_rng(1)
+    look_ups = random.integers(-50, 50, (6, sum(1 << width for width in BITS))).astype(np.float32)  # sums are exact
+    lists = np.stack([random.permutation(LISTS)[:3] for _ in range(6)])
+    lists[0], lists[1, 1], lists[2] = [EMPTY, 1, 2], -1, -1
+    scores, rows = np.empty((6, count), np.float32), np.empty((6, count), np.int64)
+    scan_lists(index, look_ups, lists, scores, rows)
+    for place in range(6):
+        known = loop(held, look_ups[place], [number for number in lists[place] if number >= 0])
+        expected = sorted(known.values(), reverse=True)[:count]
+        there = len(expected)
+        np.testing.assert_array_equal(scores[place, :there], expected)
+        assert [known[row] for row in rows[place, :there].tolist()] == expected
+        assert len(set(rows[place, :there].tolist())) == there and (rows[place, there:] == -1).all()
+
+
+def test_thousands_of_scans_leave_faiss_as_it_was(filled):
+    """A scanner that Python frees, instead of Faiss, makes SWIG forget what objects are after a few of them."""
+    index, _ = filled
+    look_ups, lists = np.zeros((1, sum(1 << width for width in BITS)), np.float32), np.array([[3]])
+    scores, rows = np.empty((1, 4), np.float32), np.empty((1, 4), np.int64)
+    for _ in range(2000):
+        scan_lists(index, look_ups, lists, scores, rows)
+    gc.collect()
+    assert index.rq.codebooks.size() == look_ups.size and faiss.IndexFlatL2(3).ntotal == 0
+
+
+@pytest.mark.parametrize("metric", ["cosine", "inner_product", "l2"])
+def test_look_up_tables_are_products_and_what_norms_add(additive, clustered, metric):
+    codes = additive.compress(clustered[:500])
+    scanner = fit_scanner(additive, codes, additive.config.num_codebooks, metric, 3)
+    queries = clustered[:7] / np.linalg.norm(clustered[:7], axis=1, keepdims=True)
+    norms, chosen = scanner.tables.norms, np.zeros((7, 2), np.int64)
+    found, lists_add = scanner._look_ups(queries, 0.1, chosen, False)
+    assert lists_add.shape == (7, 2) and not lists_add.any()
+    for query, look_up in zip(queries, found, strict=True):
+        products = [float(codeword @ query) for table in scanner.tables.codewords for codeword in table]
+        np.testing.assert_allclose(look_up[: len(products)], products, rtol=1e-5, atol=1e-5)
+        if metric == "inner_product":
+            assert len(look_up) == len(products)
+            continue
+        threshold = scanner.thresholds(query[None], 0.1)[0]
+        added = [-norm * norm / 2 if metric == "l2" else -threshold * norm for norm in norms.tolist()]
+        np.testing.assert_allclose(look_up[-len(norms) :], added, rtol=1e-5, atol=1e-6)
+        assert not look_up[len(products) : -len(norms)].any()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_one_thread_is_this_one(threads):
+    with mapping(threads) as each:
+        found = list(each(lambda left, right: (left + right, threading.current_thread()), range(9), range(9)))
+    assert [total for total, _ in found] == list(range(0, 18, 2))
+    assert (threads == 1) == (found[0][1] is threading.current_thread())
+
+
+def test_numbers_that_were_checked_once_are_read_again(additive, clustered, tmp_path):
+    with RQMoEIndex(additive, tmp_path / "index") as index:
+        index.add(clustered[:10])
+    with RQMoEIndex.load(tmp_path / "index", additive) as reader:
+        assert len(reader) == 10
+        with RQMoEIndex.load(tmp_path / "index", additive) as writer:
+            writer.add(clustered[10:13])
+            assert len(reader) == len(writer) == 13
+        (database,) = (tmp_path / "index").glob("*.sqlite")
+        with sqlite3.connect(database) as connection:
+            connection.execute("UPDATE state SET value = 12 WHERE name = 'count'")
+        with pytest.raises(ValueError, match="checksum of its state"):
+            len(reader)
+        connection.close()
+
+
+def test_changes_check_pages_and_searches_do_not(additive, clustered):
+    index = RQMoEIndex(additive)
+    index.add(clustered[:10])
+    run = index._database._connection.execute
+    with pytest.raises(RuntimeError, match="on purpose"), index._database.writing():
+        assert run("PRAGMA cell_size_check").fetchone() == (1,)
+        raise RuntimeError("on purpose")
+    with index._database.reading():
+        assert run("PRAGMA cell_size_check").fetchone() == (0,)
