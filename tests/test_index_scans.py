@@ -87,7 +87,9 @@ def test_look_up_tables_are_products_and_what_norms_add(additive, clustered, met
     codes = additive.compress(clustered[:500])
     scanner = fit_scanner(additive, codes, additive.config.num_codebooks, metric, 3)
     queries = clustered[:7] / np.linalg.norm(clustered[:7], axis=1, keepdims=True)
-    found, norms = scanner._look_ups(queries, 0.1), scanner.tables.norms
+    norms, chosen = scanner.tables.norms, np.zeros((7, 2), np.int64)
+    found, lists_add = scanner._look_ups(queries, 0.1, chosen, False)
+    assert lists_add.shape == (7, 2) and not lists_add.any()
     for query, look_up in zip(queries, found, strict=True):
         products = [float(codeword @ query) for table in scanner.tables.codewords for codeword in table]
         np.testing.assert_allclose(look_up[: len(products)], products, rtol=1e-5, atol=1e-5)

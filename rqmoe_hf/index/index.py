@@ -40,7 +40,9 @@ class RQMoEIndex(Collection):
             quantizer of unit-norm embeddings (`is_unit_norm`) reconstructions are brought to norm 1 for all of them.
         kind: How codes are scanned: all of them ("flat"), or those in the inverted lists nearest to the query ("ivf");
             "auto" changes from flat to ivf at 50,000.
-        num_lists: Inverted lists, default the square root of the number of vectors.
+        num_lists: Inverted lists, default the square root of the number of vectors. If the quantizer's first codebook
+            is searched by itself (its `search_blocks` starts with 1), the default is a list for each of its codewords,
+            and the first code takes no memory. Any other number gives lists found by k-means, and whole codes in them.
         encoder: Embeds texts: a sentence-transformers model, the name of one, or any object with `encode_query` and
             `encode_document`. Default: the quantizer's `base_model`, loaded when it is first needed.
         num_codebooks: Keep only this many codes of each vector: fewer bytes.

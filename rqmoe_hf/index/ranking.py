@@ -53,10 +53,12 @@ def make_plan(total: int, top_k: int, shortlist: int, rescore: str, restricted: 
     return Plan(count, shortlist, shortlist / max(total, 1), few and rescore != "tables")
 
 
-def number_of_lists(kind: str, num_lists: int | None, count: int) -> int:
-    """Inverted lists for so many codes; 1 for a flat scan."""
+def number_of_lists(kind: str, num_lists: int | None, count: int, first: int | None) -> int:
+    """Inverted lists for so many codes, `first` where the first codes make them; 1 for a flat scan."""
     if kind == "flat" or (kind == "auto" and count < FLAT_UP_TO):
         return 1
+    if first is not None and num_lists in (None, first):
+        return first
     return min(num_lists or round(count**0.5), max(count, 1))
 
 
@@ -82,7 +84,7 @@ class Ranker(Rescorer):
         steps: Codes per vector.
         metric: "cosine", "inner_product" or "l2".
         kind: "auto", "flat" or "ivf".
-        num_lists: Inverted lists; None for the square root of the number of codes.
+        num_lists: Inverted lists; None for those that the first codes make, or the square root of the number of codes.
     """
 
     def __init__(
@@ -106,7 +108,7 @@ class Ranker(Rescorer):
         progress = self.progress
         if self.scanner is None or state.forgotten > progress.removal:
             return self.rebuild(state)
-        lists = number_of_lists(self.kind, self.num_lists, state.count)
+        lists = self._lists(state)
         if self.shared is None and outgrown(state.count, progress.fitted, self.scanner.lists, lists):
             return self.rebuild(state)
         if state.version != progress.version:
@@ -131,9 +133,9 @@ class Ranker(Rescorer):
         if not file.exists():
             return False
         sizes = sizes_of(self.steps, self.quantizer.config.code_sizes)
-        bits, width = [bits_per_code(size) for size in sizes], bytes_per_vector(self.steps, sizes)
         known = None if self.quantizer.config.has_experts else exact_codewords(self.quantizer, self.steps)
-        scanner, notes = Scanner.load(file, known, bits, width, self.scanned)
+        bits = [bits_per_code(size) for size in sizes]
+        scanner, notes = Scanner.load(file, known, bits, self.first_lists, self.scanned)
         expected = {field.name for field in fields(Progress)}
         if scanner.size != self.quantizer.config.hidden_size or set(notes) != expected or min(notes.values()) < 0:
             raise ValueError(f"{file} is no snapshot of this index: its notes do not fit. Delete it; it is made anew.")
@@ -171,12 +173,16 @@ class Ranker(Rescorer):
         scanner.add(batches())
         return last
 
+    def _lists(self, state: State) -> int:
+        """Inverted lists for what is there now."""
+        return number_of_lists(self.kind, self.num_lists, state.count, self.first_lists)
+
     def _empty(self, state: State) -> Scanner:
         """A scanner without rows."""
         if self.shared is not None:
             sizes = sizes_of(self.steps, self.quantizer.config.code_sizes)
             return Scanner(replace(self.shared), bytes_per_vector(self.steps, sizes), self.scanned)
-        lists = number_of_lists(self.kind, self.num_lists, state.count)
+        lists = self._lists(state)
         rows = sample_of(self.database.matching(None), lists)
         codes = codes_array(list(self.database.codes_of(rows).values()))
         try:

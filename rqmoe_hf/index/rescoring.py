@@ -10,6 +10,7 @@ from ..codes import bytes_per_vector
 from ..modeling_rqmoe import RQMoEModel
 from .codewords import exact_codewords
 from .documents import DamagedRowsError, codes_array, floats_array
+from .first_codes import first_lists
 from .scanning import Scanner, Tables
 
 FOREIGN = "The snapshot of the index does not belong to its database: delete scan-*.safetensors; it is made anew."
@@ -44,6 +45,7 @@ class Rescorer:
         # Reconstructions are shorter than what they stand for; where that had norm 1, they are given it back.
         self.normalizes = metric == "cosine" or quantizer.is_unit_norm
         self.scanned = "cosine" if self.normalizes else metric  # among vectors of norm 1 all metrics rank alike
+        self.first_lists = first_lists(quantizer.config, steps)
         self.scanner: Scanner | None = None  # whose tables may stand for the codebooks
 
     def restore(self, codes: np.ndarray) -> np.ndarray:

@@ -9,10 +9,13 @@ therefore the one by cosine; the cosines with a sample of the codes tell where t
 Faiss's inverted lists of additive codes compute a query's look-up tables again for every list, which costs more than
 scanning it. Here they are computed once, for many queries in one product, and given to Faiss as the codebooks of a
 quantizer of one dimension, in which every query is 1.
+
+Where the inverted lists are the first codes (see `first_codes`), Faiss adds to the scores of a list what its first
+code adds: the query's inner product with the list's centroid. Which lists are scanned is decided as ever: by distance
+for "l2", by cosine for "cosine".
 """
 
 import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,7 +35,9 @@ from ..least_squares import starts_of
 from ..modeling_rqmoe import RQMoEModel
 from .codewords import exact_codewords, fit_codewords
 from .documents import DamagedRowsError
-from .scans import FEW_THREADS, mapping, scan_lists
+from .first_codes import first_lists, joined_codes, split_codes
+from .scans import FEW_THREADS, mapping, scan, scan_soon
+from .snapshots import check_arrays, span_of
 
 NORM_LEVELS = 256
 FIT_ROWS = 32_768
@@ -52,17 +57,19 @@ class Tables:
         norms: Norm that each value of the norm's code stands for, float32 `(256,)`; None if norms are not needed.
         centroids: float32 `(lists, hidden_size)` of the inverted lists; one for a flat scan.
         probes: Sums of a sample of codes at norm 1, float32 `(p, hidden_size)`; for "cosine" only.
+        by_first_code: The inverted lists are the first codes, and `centroids` what the first of `codewords` says.
     """
 
     codewords: list[np.ndarray]
     norms: np.ndarray | None
     centroids: np.ndarray
     probes: np.ndarray | None = None
+    by_first_code: bool = False
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 over all of it: codes scored by equal tables have comparable scores."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(b"by first code" if self.by_first_code else b"")
         for array in (*self.codewords, self.norms, self.centroids, self.probes):
             digest.update(b"none" if array is None else repr(array.shape).encode() + array.tobytes())
         return digest.hexdigest()
@@ -73,7 +80,7 @@ class Scanner:
 
     Args:
         tables: What they are scored by.
-        code_bytes: Bytes of a packed code.
+        code_bytes: Bytes of a packed code, as it is added.
         metric: "cosine", "inner_product" or "l2", of the sums of the tables.
     """
 
@@ -86,26 +93,37 @@ class Scanner:
             raise DamagedRowsError(f"its codes have {code_bytes} bytes, not {-(-sum(self._bits) // 8)}")
         self._codewords = np.concatenate(tables.codewords)
         tables.codewords = np.split(self._codewords, np.cumsum([1 << bits for bits in self._bits])[:-1])
+        self._scanned, centroids = self._bits, tables.centroids
+        if tables.by_first_code:
+            self._scanned, tables.centroids = self._bits[1:], tables.codewords[0][: len(centroids)]
+            centroids = F.normalize(torch.from_numpy(centroids)).numpy() if metric == "cosine" else centroids
+        self._scanned_bytes = -(-sum(self._scanned) // 8)
+        self._unused = 8 * self._scanned_bytes - sum(self._scanned)
         by_distance = metric == "l2"
         self._coarse = faiss.IndexFlat(
             self._codewords.shape[1], faiss.METRIC_L2 if by_distance else faiss.METRIC_INNER_PRODUCT
         )
-        self._coarse.add(np.ascontiguousarray(tables.centroids))
-        self._index = self._made(len(tables.centroids))
+        self._coarse.add(np.ascontiguousarray(centroids))
+        self._index = self._made(len(centroids))
         self._mapped: Any = None  # lists in a memory map
 
-    def _made(self, lists: int) -> Any:
-        """An empty Faiss index whose look-up tables are its codebooks."""
+    def _made(self, lists: int, with_first: bool = False) -> Any:
+        """An empty Faiss index whose look-up tables are its codebooks.
+
+        Args:
+            lists: Inverted lists.
+            with_first: First codes are not told by the list, but stand behind the others.
+        """
         import faiss
 
-        bits, unused = self._bits, 8 * self.code_bytes - sum(self._bits)
-        if self.tables.norms is not None:  # the norm's code begins at a whole byte
-            bits = [*bits, *([unused] if unused else []), 8]
+        behind = [8] * (self.tables.norms is not None) + self._bits[:1] * with_first
+        unused = [self._unused] if behind and self._unused else []  # what is behind the codes begins at a whole byte
+        bits = [*self._scanned, *unused, *behind]
         inner, nonorm = faiss.METRIC_INNER_PRODUCT, faiss.AdditiveQuantizer.ST_LUT_nonorm
         unit = faiss.IndexFlatIP(1)
         index: Any = faiss.IndexIVFResidualQuantizer(unit, 1, lists, faiss_widths(bits), inner, nonorm)
         index.referenced_objects = [unit]
-        index.by_residual = False
+        index.by_residual = self.tables.by_first_code and not with_first  # scores count from what is given for a list
         faiss.copy_array_to_vector(np.zeros(sum(1 << width for width in bits), np.float32), index.rq.codebooks)
         index.rq.is_trained = index.is_trained = True
         return index
@@ -120,7 +138,7 @@ class Scanner:
 
     @property
     def bytes_per_vector(self) -> int:
-        """Bytes in memory for each vector: its code, the code of its norm and its row number."""
+        """Bytes in memory for each vector: its code, less what the list tells, that of its norm, row number."""
         return self._index.code_size + 8
 
     @property
@@ -159,11 +177,15 @@ class Scanner:
         """The codes with that of their norm, and the list that each belongs to."""
         if codes.shape[1] != self.code_bytes:  # Faiss would read on behind them
             raise DamagedRowsError(f"its codes have {codes.shape[1]} bytes, not {self.code_bytes}")
-        if self.lists == 1 and self.tables.norms is None:
-            return codes, np.zeros(len(codes), np.int32)
-        sums = self.sums(codes)
-        lists = np.zeros(len(codes), np.int32)
-        if self.lists > 1:
+        whole, lists, by_first = codes, np.zeros(len(codes), np.int32), self.tables.by_first_code
+        if by_first:
+            lists, codes = split_codes(whole, self._bits[0], self._scanned_bytes)
+            if lists.max(initial=0) >= self.lists:  # Faiss would write behind the lists
+                raise DamagedRowsError(f"one of its first codes is {lists.max()}, of {self.lists} codewords")
+        if self.tables.norms is None and (by_first or self.lists == 1):
+            return codes, lists
+        sums = self.sums(whole)
+        if self.lists > 1 and not by_first:
             lists[:] = self._coarse.search(sums, 1)[1][:, 0]
         if self.tables.norms is not None:
             low, high = self.tables.norms[[0, -1]]
@@ -211,33 +233,48 @@ class Scanner:
         found = np.empty((len(queries), count + 1), np.int64)
         with mapping(workers := _workers(len(queries))) as each:
             indexes = [index, *(self._sharing(index) for _ in range(1, workers))]
-            scan = scan_lists if workers <= FEW_THREADS else _scan
+            scan_part = scan_soon if workers <= FEW_THREADS else scan
             for start in range(0, len(queries), QUERIES):
                 block = slice(start, start + QUERIES)
-                arrays = self._look_ups(queries[block], share), chosen[block], scores[block], found[block]
+                tables = self._look_ups(queries[block], share, chosen[block], rows is not None)
+                arrays = *tables, chosen[block], scores[block], found[block]
                 parts = zip(*(np.array_split(array, workers) for array in arrays), strict=True)
-                list(each(scan, indexes, *zip(*parts, strict=True)))
+                list(each(scan_part, indexes, *zip(*parts, strict=True)))
                 _settle_ties(index, *arrays)
         return scores[:, :count], found[:, :count]
 
     def _sharing(self, index: Any) -> Any:
         """Another index over the same lists, for look-up tables of its own."""
-        other = self._made(index.nlist)
+        other = self._made(index.nlist, self.tables.by_first_code and not index.by_residual)
         other.replace_invlists(index.invlists, False)
         other.ntotal = index.ntotal
         return other
 
-    def _look_ups(self, queries: np.ndarray, share: float) -> np.ndarray:
-        """What every value of every code adds to the score, `(n, values of all codes)`."""
+    def _look_ups(
+        self, queries: np.ndarray, share: float, chosen: np.ndarray, only: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What every value of every code adds to the score, `(n, values of all codes)`, and what the chosen lists add.
+
+        Args:
+            queries: float32 `(n, hidden_size)`.
+            share: Of all rows that are wanted.
+            chosen: Lists to scan, `(n, nprobe)`.
+            only: For an index of [`_only`] some rows.
+        """
         norms, values = self.tables.norms, len(self._codewords)
-        unused = 8 * self.code_bytes - sum(self._bits)
-        more = 0 if norms is None else NORM_LEVELS + (1 << unused if unused else 0)
-        look_ups = np.zeros((len(queries), values + more), np.float32)
+        first = len(self.tables.codewords[0]) if self.tables.by_first_code else 0
+        levels, again = 0 if norms is None else NORM_LEVELS, first if only else 0
+        norm = values + (1 << self._unused if self._unused and levels + again else 0)  # where those of the norm begin
+        look_ups = np.zeros((len(queries), norm + levels + again), np.float32)
         np.matmul(queries, self._codewords.T, out=look_ups[:, :values])  # in place: copies take as long as the product
         if norms is not None:
-            added = -0.5 * norms**2 if self.metric == "l2" else -self.thresholds(queries, share)[:, None] * norms
-            look_ups[:, -NORM_LEVELS:] = added
-        return look_ups
+            shares = -0.5 * norms**2 if self.metric == "l2" else -self.thresholds(queries, share)[:, None] * norms
+            look_ups[:, norm : norm + levels] = shares
+        if again:
+            look_ups[:, -again:] = look_ups[:, :again]
+        by_list = first and not only
+        added = np.take_along_axis(look_ups, chosen, 1) if by_list else np.zeros(chosen.shape, np.float32)
+        return look_ups[:, first:], added
 
     def thresholds(self, queries: np.ndarray, share: float) -> np.ndarray:
         """The cosine that about a share of all codes exceeds, for each query: float32 `(n,)`."""
@@ -251,10 +288,11 @@ class Scanner:
         """An index of one list with some rows, since Faiss's additive scanners cannot leave rows out."""
         import faiss
 
-        index = self._made(1)
+        index = self._made(1, self.tables.by_first_code)
         marks = np.zeros(int(rows[-1]) + 1 if len(rows) and rows[-1] < MARKS else 0, bool)
         if len(marks):
             marks[rows] = True
+        kept, sizes = [], np.zeros(self.lists, np.int64)
         for number in range(self.lists):
             ids, codes = self._list(number)
             if len(marks):
@@ -262,10 +300,14 @@ class Scanner:
                 inside[inside] = marks[ids[inside]]
             else:
                 inside = np.isin(ids, rows)
-            kept = np.ascontiguousarray(ids[inside]), np.ascontiguousarray(codes[inside])
-            if len(kept[0]):
-                index.invlists.add_entries(0, len(kept[0]), faiss.swig_ptr(kept[0]), faiss.swig_ptr(kept[1]))
-                index.ntotal += len(kept[0])
+            kept.append((ids[inside], codes[inside]))
+            sizes[number] = len(kept[-1][0])
+        ids, codes = (np.concatenate(parts) for parts in zip(*kept, strict=True))
+        if self.tables.by_first_code:
+            codes = joined_codes(codes, np.repeat(np.arange(self.lists), sizes), self._bits[0])
+        if len(ids):
+            index.invlists.add_entries(0, len(ids), faiss.swig_ptr(ids), faiss.swig_ptr(codes))
+            index.ntotal = len(ids)
         return index
 
     def _list(self, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -284,6 +326,8 @@ class Scanner:
     def save(self, file: Path, notes: dict[str, int], with_codewords: bool) -> None:
         """Writes a snapshot: arrays only, of which the lists are laid out as Faiss reads them from a memory map.
 
+        One of lists by first code has no centroids, since the quantizer gives them.
+
         Args:
             file: Where to.
             notes: Integers that [`load`] gives back.
@@ -297,8 +341,9 @@ class Scanner:
             part = lists[place : place + len(rows) * width]
             part[: codes.size], part[codes.size :] = codes.reshape(-1), rows.view(np.uint8)
             sizes[number], place = len(rows), place + len(part)
-        arrays = {"lists": lists, "sizes": sizes, "centroids": self.tables.centroids}
+        arrays = {"lists": lists, "sizes": sizes}
         more = {"norms": self.tables.norms, "probes": self.tables.probes}
+        more["centroids"] = None if self.tables.by_first_code else self.tables.centroids
         arrays |= {name: array for name, array in more.items() if array is not None}
         if with_codewords:
             arrays["codewords"] = np.concatenate(self.tables.codewords)
@@ -306,7 +351,7 @@ class Scanner:
 
     @classmethod
     def load(
-        cls, file: Path, codewords: list[np.ndarray] | None, bits: list[int], code_bytes: int, metric: str
+        cls, file: Path, codewords: list[np.ndarray] | None, bits: list[int], first: int | None, metric: str
     ) -> tuple["Scanner", dict[str, int]]:
         """Opens a snapshot; its lists stay in the file until they are changed.
 
@@ -314,7 +359,7 @@ class Scanner:
             file: Of [`save`].
             codewords: The tables, if they are not in the file.
             bits: Bits of each code.
-            code_bytes: Bytes of a packed code.
+            first: Lists that the first codes make; None where lists are not to be made of them.
             metric: As it was.
 
         Returns:
@@ -327,11 +372,14 @@ class Scanner:
             with safe_open(file, "numpy") as opened:
                 notes = {name: int(value) for name, value in opened.metadata().items()}
                 arrays = {name: opened.get_tensor(name) for name in opened.keys() if name != "lists"}  # noqa: SIM118
-            _check_arrays(arrays, codewords, bits, metric)
+            by_first = "centroids" not in arrays
+            if by_first and first is not None and codewords is not None:
+                arrays["centroids"] = codewords[0][:first]
+            check_arrays(arrays, codewords, bits, metric, NORM_LEVELS)
             if codewords is None:
                 codewords = np.split(arrays["codewords"], np.cumsum([1 << width for width in bits])[:-1])
-            tables = Tables(codewords, arrays.get("norms"), arrays["centroids"], arrays.get("probes"))
-            scanner = cls(tables, code_bytes, metric)
+            tables = Tables(codewords, arrays.get("norms"), arrays["centroids"], arrays.get("probes"), by_first)
+            scanner = cls(tables, -(-sum(bits) // 8), metric)
             scanner._map(file, arrays["sizes"])
         except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
             raise ValueError(f"{file} is no snapshot of this index: {error}. Delete it; it is made anew.") from error
@@ -341,7 +389,7 @@ class Scanner:
         """Lets Faiss read the lists from the file, where they lie one after the other: codes, then row numbers."""
         import faiss
 
-        place, stop = _span(file, "lists")
+        place, stop = span_of(file, "lists")
         width = self._index.code_size + 8
         # As Python's integers, since those of numpy could be made to overflow to the right sum.
         if len(sizes) != self.lists or (sizes < 0).any() or sum(sizes.tolist()) * width != stop - place:
@@ -381,20 +429,9 @@ def _workers(queries: int) -> int:
     return max(1, min(faiss.omp_get_max_threads(), queries // 8))
 
 
-def _scan(index, look_ups: np.ndarray, lists: np.ndarray, scores: np.ndarray, rows: np.ndarray) -> None:
-    """Scans some lists for each query; fills in scores and rows, best first."""
-    import faiss
-
-    codebooks = faiss.rev_swig_ptr(index.rq.codebooks.data(), look_ups.shape[1])
-    one, nothing = np.ones((1, 1), np.float32), np.zeros((1, lists.shape[1]), np.float32)
-    index.nprobe = lists.shape[1]
-    for place, look_up in enumerate(look_ups):
-        codebooks[:] = look_up
-        found = index.search_preassigned(one, scores.shape[1], lists[place : place + 1], nothing)
-        scores[place], rows[place] = found[0][0], found[1][0]
-
-
-def _settle_ties(index, look_ups: np.ndarray, lists: np.ndarray, scores: np.ndarray, rows: np.ndarray) -> None:
+def _settle_ties(
+    index, look_ups: np.ndarray, added: np.ndarray, lists: np.ndarray, scores: np.ndarray, rows: np.ndarray
+) -> None:
     """Where the last two scores are equal, keeps the lowest rows of all that have that score.
 
     Faiss keeps those that its lists happen to hold first, which shards of a collection hold in another order.
@@ -405,56 +442,33 @@ def _settle_ties(index, look_ups: np.ndarray, lists: np.ndarray, scores: np.ndar
         while width < index.ntotal and found[0, -1] >= 0 and more[0, -1] == scores[place, -1]:
             width = min(4 * width, index.ntotal)
             more, found = np.empty((1, width), np.float32), np.empty((1, width), np.int64)
-            scan_lists(index, look_ups[one], lists[one], more, found)
+            scan_soon(index, look_ups[one], added[one], lists[one], more, found)
         order = np.lexsort((found[0], -more[0]))
         order = order[found[0][order] >= 0][: scores.shape[1]]
         scores[place], rows[place] = more[0][order], found[0][order]
 
 
 def fit_scanner(quantizer: RQMoEModel, sample: np.ndarray, steps: int, metric: str, lists: int) -> Scanner:
-    """An empty scanner whose tables, norms and lists suit a sample of codes, uint8 `(n, bytes)`, n >= 1."""
-    experts = quantizer.config.has_experts
+    """An empty scanner whose tables, norms and lists suit a sample of codes, uint8 `(n, bytes)`, n >= 1.
+
+    As many lists as the first codes make are made of the first codes.
+    """
+    experts, by_first = quantizer.config.has_experts, lists == first_lists(quantizer.config, steps)
     codewords = fit_codewords(quantizer, sample[:FIT_ROWS], steps) if experts else exact_codewords(quantizer, steps)
     flat = np.zeros((1, codewords[0].shape[1]), np.float32)
-    if lists == 1 and metric == "inner_product":
-        return Scanner(Tables(codewords, None, flat), sample.shape[1], metric)
+    centroids = codewords[0][:lists] if by_first else flat
+    if metric == "inner_product" and (by_first or lists == 1):
+        return Scanner(Tables(codewords, None, centroids, by_first_code=by_first), sample.shape[1], metric)
     sums = Scanner(Tables(codewords, None, flat), sample.shape[1], metric).sums(sample)
     lengths = np.linalg.norm(sums, axis=1)
     norms = np.linspace(lengths.min(), lengths.max(), NORM_LEVELS, dtype=np.float32)
-    centroids = flat if lists == 1 else find_centroids(sums, lists, spherical=metric != "l2")
-    tables = Tables(codewords, None if metric == "inner_product" else norms, centroids)
+    if lists > 1 and not by_first:
+        centroids = find_centroids(sums, lists, spherical=metric != "l2")
+    tables = Tables(codewords, None if metric == "inner_product" else norms, centroids, by_first_code=by_first)
     if metric == "cosine":
         rows = np.unique(np.linspace(0, len(sums) - 1, PROBES).astype(int))
         tables.probes = sums[rows] / np.maximum(lengths[rows, None], 1e-12)
     return Scanner(tables, sample.shape[1], metric)
-
-
-def _check_arrays(
-    arrays: dict[str, np.ndarray], codewords: list[np.ndarray] | None, bits: list[int], metric: str
-) -> None:
-    """Raises ValueError unless the arrays of a snapshot have the shapes that Faiss is going to rely on unchecked."""
-    floats = {name: array for name, array in arrays.items() if name != "sizes"}
-    if any(array.dtype != np.float32 for array in floats.values()) or arrays["sizes"].dtype != np.int64:
-        raise ValueError("its arrays are of other types than they should")
-    known = arrays["codewords"] if codewords is None else codewords[0]
-    width = known.shape[1] if known.ndim == 2 else -1
-    fits = codewords is not None or known.shape == (sum(1 << number for number in bits), width)
-    fits &= arrays["sizes"].ndim == 1 and arrays["centroids"].shape == (max(len(arrays["sizes"]), 1), width)
-    fits &= ("norms" in arrays) == (metric != "inner_product")
-    fits &= "norms" not in arrays or arrays["norms"].shape == (NORM_LEVELS,)
-    fits &= "probes" not in arrays or arrays["probes"].shape == (max(len(arrays["probes"]), 1), width)
-    if not fits:
-        shapes = ", ".join(f"{name} {array.shape}" for name, array in sorted(arrays.items()))
-        raise ValueError(f"its arrays have other shapes than they should: {shapes}")
-
-
-def _span(file: Path, name: str) -> tuple[int, int]:
-    """Where an array of a safetensors file begins and ends."""
-    with open(file, "rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length))
-    start, stop = header[name]["data_offsets"]
-    return 8 + length + start, 8 + length + stop
 
 
 def find_centroids(vectors: np.ndarray, lists: int, spherical: bool, seed: int = 0) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Scans by a few threads, where what surrounds a scan takes longer than the scan itself."""
+"""Scans by Faiss; also by a few threads, where what surrounds a scan takes longer than the scan itself."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +18,31 @@ def mapping(threads: int) -> Iterator[Callable[..., Iterable]]:
         return
     with ThreadPoolExecutor(threads) as pool:
         yield pool.map
+
+
+def scan(
+    index: Any, look_ups: np.ndarray, added: np.ndarray, lists: np.ndarray, scores: np.ndarray, rows: np.ndarray
+) -> None:
+    """Scans some lists for each query, with what each adds to its scores; fills in scores and rows, best first."""
+    import faiss
+
+    codebooks = faiss.rev_swig_ptr(index.rq.codebooks.data(), look_ups.shape[1])
+    one = np.ones((1, 1), np.float32)
+    index.nprobe = lists.shape[1]
+    for place, look_up in enumerate(look_ups):
+        codebooks[:] = look_up
+        found = index.search_preassigned(one, scores.shape[1], lists[place : place + 1], added[place : place + 1])
+        scores[place], rows[place] = found[0][0], found[1][0]
+
+
+def scan_soon(
+    index: Any, look_ups: np.ndarray, added: np.ndarray, lists: np.ndarray, scores: np.ndarray, rows: np.ndarray
+) -> None:
+    """As [`scan`], and sooner done by few threads where lists add nothing."""
+    if index.by_residual:
+        scan(index, look_ups, added, lists, scores, rows)
+    else:
+        scan_lists(index, look_ups, lists, scores, rows)
 
 
 def scan_lists(index: Any, look_ups: np.ndarray, lists: np.ndarray, scores: np.ndarray, rows: np.ndarray) -> None:
@@ -49,6 +74,10 @@ def scan_lists(index: Any, look_ups: np.ndarray, lists: np.ndarray, scores: np.n
             for number in lists[place].tolist():
                 if number >= 0 and (size := inside.list_size(number)):
                     scanner.scan_codes(size, inside.get_codes(number), inside.get_ids(number), *kept)
+<<<<<<< HEAD
     finally:  # Python does not free it; an object of Python that owns it would spoil what SWIG knows of its classes
+=======
+    finally:  # as an object of Python's it would not be freed, and giving it to one confuses SWIG's counts
+>>>>>>> lists-speed
         type(scanner).__swig_destroy__(scanner)
     best.reorder()

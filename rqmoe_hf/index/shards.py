@@ -111,7 +111,8 @@ class RQMoEShards:
                 return
             facts = self._each("facts")
             total, lists = sum(fact.count for fact in facts), facts[0].lists
-            wanted = number_of_lists(self.settings["kind"], self.settings["num_lists"], total)
+            kind, given = self.settings["kind"], self.settings["num_lists"]
+            wanted = number_of_lists(kind, given, total, self._rescorer.first_lists)
             alike = facts[0].tables is not None and len({fact.tables for fact in facts}) == 1
             if not total:
                 return
