@@ -74,10 +74,6 @@ def scan_lists(index: Any, look_ups: np.ndarray, lists: np.ndarray, scores: np.n
             for number in lists[place].tolist():
                 if number >= 0 and (size := inside.list_size(number)):
                     scanner.scan_codes(size, inside.get_codes(number), inside.get_ids(number), *kept)
-<<<<<<< HEAD
     finally:  # Python does not free it; an object of Python that owns it would spoil what SWIG knows of its classes
-=======
-    finally:  # as an object of Python's it would not be freed, and giving it to one confuses SWIG's counts
->>>>>>> lists-speed
         type(scanner).__swig_destroy__(scanner)
     best.reorder()
