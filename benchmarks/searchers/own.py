@@ -11,7 +11,9 @@ from rivals import OURS
 from rivals.family import Ours, OursAdditive
 
 from rqmoe_hf.bundled import load_quantizer
+from rqmoe_hf.codes import bits_per_code
 from rqmoe_hf.index import RQMoEIndex
+from rqmoe_hf.index.first_codes import first_lists
 from rqmoe_hf.saving import write_text
 
 from .interface import BLOCK, NPROBES, Collection, mark_built
@@ -37,7 +39,10 @@ class OwnSearcher:
         self, given: str, work: Path, lists: int, floats: bool = False, name: str | None = None, trained: float = 0.0
     ):
         quantizer = Ours(given)
-        self.source, self.codes, self.size = str(quantizer.source), quantizer.codes, -(-quantizer.code_bits // 8)
+        self.source, self.codes = str(quantizer.source), quantizer.codes
+        first = first_lists(quantizer.model.config, quantizer.codes) if lists > 1 else None
+        lists = lists if first is None else first  # lists by first code: they tell it, so that it takes no bytes
+        self.size = -(-(quantizer.code_bits - (0 if first is None else bits_per_code(first))) // 8)
         self.training_vectors, self.fingerprint = quantizer.training_vectors, quantizer.fingerprint
         self.codebook_bytes = quantizer.codebook_bytes
         self.work, self.lists, self.floats, self.trained = work, lists, floats, trained
