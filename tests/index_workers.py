@@ -121,7 +121,7 @@ def filled(count: int, lists: int) -> Scanner:
         return rng.integers(0, 256, (20_000, 16), np.uint8)
 
     scanner = fit_scanner(model, some(), 16, "cosine", lists)
-    scanner.add((np.arange(start, start + 20_000), some()) for start in range(0, count, 20_000))
+    scanner.add([(np.arange(start, start + 20_000), some()) for start in range(0, count, 20_000)])
     scanner.search(np.ones((1, 8), np.float32), 10, lists)
     return scanner
 

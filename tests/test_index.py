@@ -59,7 +59,7 @@ def brute_force(model, embeddings, queries, metric):
 def test_first_stage_scores_are_those_of_a_loop_over_the_tables(quantizer, clustered, queries, metric, lists):
     codes = quantizer.compress(clustered[:800])
     scanner = fit_scanner(quantizer, codes, quantizer.config.num_codebooks, metric, lists)
-    scanner.add((np.arange(start, start + 100) + 10, codes[start : start + 100]) for start in range(0, 800, 100))
+    scanner.add([(np.arange(start, start + 100) + 10, codes[start : start + 100]) for start in range(0, 800, 100)])
     sums = np.zeros((800, SIZE))
     for row, code in enumerate(unpack_codes(codes, quantizer.config.num_codebooks, quantizer.config.code_sizes)):
         for table, index in zip(scanner.tables.codewords, code, strict=True):

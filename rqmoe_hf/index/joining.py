@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .documents import Id, codes_array
-from .ranking import Plan, sample_of
+from .ranking import Plan, sample_places
 from .rescoring import Rescorer
 from .scanning import Scanner, fit_scanner
 from .shard import Candidates, Facts
@@ -73,7 +73,7 @@ def fit_tables(shards: Sequence[Any], rescorer: Rescorer, lists: int) -> Scanner
     """An empty scanner whose tables are those of one index with the rows of all shards."""
     parts = [shard.rows() for shard in shards]
     rows = np.concatenate([part + (number << SHARD_BITS) for number, part in enumerate(parts)])
-    rows = sample_of(rows, lists)
+    rows = rows[sample_places(len(rows), lists)]
     numbers, codes = rows >> SHARD_BITS, []
     for number, shard in enumerate(shards):
         codes += shard.codes_of(rows[numbers == number] - (number << SHARD_BITS))

@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from torch.nn import functional as F
 
 from ..additive import faiss_widths
 from ..codes import unpack_codes
 from ..least_squares import starts_of
 from ..modeling_rqmoe import RQMoEModel
+from ..saving import write_tensors
 from .codewords import exact_codewords, fit_codewords
 from .documents import DamagedRowsError
 
@@ -39,6 +39,7 @@ FIT_ROWS = 32_768
 POINTS_PER_LIST = 48
 ITERATIONS = 10
 PROBES = 1_024
+GATHERED_ROWS = 1 << 18  # that are in memory beside the lists while they are added
 MARKS = 1 << 30  # row numbers up to which a table tells which rows are wanted
 QUERIES = 256  # whose look-up tables are computed at a time
 
@@ -135,42 +136,71 @@ class Scanner:
         return F.embedding_bag(rows, torch.from_numpy(self._codewords), mode="sum").numpy()
 
     def add(self, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
-        """Adds rows, int64 `(n,)`, and their packed codes, uint8 `(n, bytes)`, batch by batch."""
-        self._own()
-        made = [(rows, *self._extended(codes)) for rows, codes in batches]
-        if not made:
+        """Adds rows, int64 `(n,)`, and their packed codes, uint8 `(n, bytes)`, batch by batch.
+
+        The first time through it is found out how long the lists will be, so that they get their place at once: a
+        list that outgrows its place is copied, and what it takes then is up to twice what it needs. Beside the lists,
+        what is kept for each vector meanwhile are its list and the code of its norm, 3 bytes.
+
+        Args:
+            batches: Gives the same batches each time that it is gone through. If it fails the second time, some may
+                be in.
+
+        Raises:
+            ValueError: If it can be gone through only once.
+        """
+        if iter(batches) is batches:
+            raise ValueError("The batches are gone through twice, got an iterator: give a list, or what makes one anew.")
+        assigned = [self._assigned(codes) for _, codes in batches]
+        if not assigned:
             return
-        rows, codes, lists = (np.concatenate(parts) for parts in zip(*made, strict=True))
-        del made
+        self._own()
+        self._make_room(sum(np.bincount(lists, minlength=self.lists) for lists, _ in assigned))
+        gathered: list[tuple[np.ndarray, ...]] = []
+        for (rows, codes), (lists, levels) in zip(batches, assigned, strict=True):
+            gathered.append((rows, codes if levels is None else np.hstack([codes, levels[:, None]]), lists))
+            if sum(len(part[0]) for part in gathered) >= GATHERED_ROWS:
+                self._append(gathered)
+                gathered.clear()
+        if gathered:
+            self._append(gathered)
+
+    def _make_room(self, counts: np.ndarray) -> None:
+        """Lets each list have the place for so many more: what it has been once, it keeps the place for."""
+        lists = self._index.invlists
+        for number in np.flatnonzero(counts).tolist():
+            size = lists.list_size(number)
+            lists.resize(number, size + int(counts[number]))
+            lists.resize(number, size)
+
+    def _append(self, parts: list[tuple[np.ndarray, ...]]) -> None:
+        """Adds row numbers with the codes that are scanned, and the lists that they belong to."""
+        import faiss
+
+        rows, codes, lists = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         order = np.argsort(lists, kind="stable")
         ends = np.searchsorted(lists[order], np.arange(self.lists + 1))
         for number, (start, stop) in enumerate(pairwise(ends)):
             if stop > start:
-                self._append(number, rows[order[start:stop]], codes[order[start:stop]])
+                part = rows[order[start:stop]], codes[order[start:stop]]
+                self._index.invlists.add_entries(number, len(part[0]), *map(faiss.swig_ptr, part))
         self._index.ntotal += len(rows)
 
-    def _append(self, number: int, rows: np.ndarray, codes: np.ndarray) -> None:
-        import faiss
-
-        rows, codes = np.ascontiguousarray(rows), np.ascontiguousarray(codes)
-        self._index.invlists.add_entries(number, len(rows), faiss.swig_ptr(rows), faiss.swig_ptr(codes))
-
-    def _extended(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The codes with that of their norm, and the list that each belongs to."""
+    def _assigned(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """The list that each of the codes belongs to, and the code of its norm, uint8, if norms are needed."""
         if codes.shape[1] != self.code_bytes:  # Faiss would read on behind them
             raise DamagedRowsError(f"its codes have {codes.shape[1]} bytes, not {self.code_bytes}")
+        lists, levels = np.zeros(len(codes), np.uint16 if self.lists <= 1 << 16 else np.int32), None
         if self.lists == 1 and self.tables.norms is None:
-            return codes, np.zeros(len(codes), np.int32)
+            return lists, None
         sums = self.sums(codes)
-        lists = np.zeros(len(codes), np.int32)
         if self.lists > 1:
             lists[:] = self._coarse.search(sums, 1)[1][:, 0]
         if self.tables.norms is not None:
             low, high = self.tables.norms[[0, -1]]
             levels = (np.linalg.norm(sums, axis=1) - low) / max(high - low, 1e-12) * (NORM_LEVELS - 1)
             levels = np.clip(np.rint(levels), 0, NORM_LEVELS - 1).astype(np.uint8)
-            codes = np.hstack([codes, levels[:, None]])
-        return codes, lists
+        return lists, levels
 
     def remove(self, rows: np.ndarray) -> None:
         """Drops rows; those that are not there are passed over."""
@@ -286,20 +316,16 @@ class Scanner:
             notes: Integers that [`load`] gives back.
             with_codewords: Store the tables, because the quantizer does not give them.
         """
-        width = self._index.code_size + 8
-        lists = np.empty(len(self) * width, np.uint8)
-        sizes, place = np.zeros(self.lists, np.int64), 0
-        for number in range(self.lists):
-            rows, codes = self._list(number)
-            part = lists[place : place + len(rows) * width]
-            part[: codes.size], part[codes.size :] = codes.reshape(-1), rows.view(np.uint8)
-            sizes[number], place = len(rows), place + len(part)
-        arrays = {"lists": lists, "sizes": sizes, "centroids": self.tables.centroids}
+        lists = self._index.invlists
+        sizes = np.array([lists.list_size(number) for number in range(self.lists)], np.int64)
+        arrays = {"sizes": sizes, "centroids": self.tables.centroids}
         more = {"norms": self.tables.norms, "probes": self.tables.probes}
         arrays |= {name: array for name, array in more.items() if array is not None}
         if with_codewords:
             arrays["codewords"] = np.concatenate(self.tables.codewords)
-        save_file(arrays, file, {name: str(value) for name, value in notes.items()})
+        parts = (array for number in range(self.lists) for array in reversed(self._list(number)))
+        size = len(self) * (self._index.code_size + 8)
+        write_tensors(file, arrays, "lists", size, parts, {name: str(value) for name, value in notes.items()})
 
     @classmethod
     def load(
