@@ -334,8 +334,8 @@ class Database:
     def removed(self, after: int) -> tuple[np.ndarray, int]:
         """Rows removed since the removal numbered `after`, int64, and the number of the last removal."""
         found = self._connection.execute("SELECT number, row FROM removed WHERE number > ? ORDER BY number", (after,))
-        pairs = found.fetchall()
-        return np.array([row for _, row in pairs], np.int64), pairs[-1][0] if pairs else after
+        pairs = np.fromiter((value for pair in found for value in pair), np.int64).reshape(-1, 2)
+        return np.ascontiguousarray(pairs[:, 1]), int(pairs[-1, 0]) if len(pairs) else after
 
     def last_removal(self) -> int:
         """Number of the last removal."""

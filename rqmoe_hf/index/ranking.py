@@ -129,7 +129,7 @@ class Ranker(Rescorer):
         if state.version != progress.version:
             rows, removal = self.database.removed(progress.removal)
             self.scanner.remove(rows[rows <= progress.row])
-            last = self._follow(self.scanner, progress.row)
+            last = self._scan_from(self.scanner, progress.row)
             self.progress = Progress(state.version, last, removal, progress.fitted)
         if len(self.scanner) != state.count:  # a snapshot of another time
             return self.rebuild(state)
@@ -174,14 +174,6 @@ class Ranker(Rescorer):
         self.scanner = scanner
         self.progress = Progress(state.version, last, max(removal, state.forgotten), fitted)
         return scanner
-
-    def _follow(self, scanner: Scanner, row: int) -> int:
-        """Adds the rows above one to the scanner in use, which is given up if not all of them can be added."""
-        try:
-            return self._scan_from(scanner, row)
-        except BaseException:
-            self.scanner = None
-            raise
 
     def _scan_from(self, scanner: Scanner, row: int) -> int:
         """Adds the rows above one; the highest row."""

@@ -150,7 +150,7 @@ class Scanner:
             ValueError: If it can be gone through only once.
         """
         if iter(batches) is batches:
-            raise ValueError("The batches are gone through twice, got an iterator: give a list, or what makes one anew.")
+            raise ValueError("The batches are gone through twice, got an iterator: give a list of them.")
         assigned = [self._assigned(codes) for _, codes in batches]
         if not assigned:
             return
