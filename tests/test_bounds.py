@@ -1,10 +1,12 @@
 """What is in memory at a time: tables are read, drawn from and scanned without a copy or a list of all rows."""
 
+import io
 import tracemalloc
 from contextlib import contextmanager
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 from conftest import MEMBERS, randomize
@@ -13,9 +15,10 @@ from safetensors.numpy import load_file
 
 from rqmoe_hf import RQMoEConfig, RQMoEModel
 from rqmoe_hf.data import as_array, load_embeddings
+from rqmoe_hf.data.parquet import BATCH_ROWS, READ_AT_ONCE
 from rqmoe_hf.data.sampling import PooledSampler, sample_rows
 from rqmoe_hf.data.shards import fixed_size_column
-from rqmoe_hf.data.sources import sample_array, split_dataset
+from rqmoe_hf.data.sources import parquet_options, sample_array, split_dataset
 from rqmoe_hf.index import RQMoEIndex, ranking, scanning
 from rqmoe_hf.index.documents import Database
 from rqmoe_hf.saving import write_tensors
@@ -111,15 +114,31 @@ def test_a_stream_is_read_no_further_than_its_sample():
     np.testing.assert_array_equal(few, [[1, 2]])
 
 
-def test_of_a_row_group_of_any_size_a_part_is_read(tmp_path):
-    values = np.random.default_rng(0).standard_normal((500_000, 32), np.float32)
+class Requests(io.FileIO):
+    """A file that notes how many bytes are asked for at a time."""
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.sizes: list[int] = []
+
+    def read(self, size=-1):
+        self.sizes.append(size)
+        return super().read(size)
+
+
+def test_what_a_row_group_is_decoded_from_is_read_in_parts(tmp_path):
+    values = np.random.default_rng(0).standard_normal((200_000, 32), np.float32)
     pq.write_table(pa.table({"embeddings": fixed_size_column(values)}), tmp_path / "one.parquet")
     assert pq.ParquetFile(tmp_path / "one.parquet").num_row_groups == 1
-    stream = load_embeddings(tmp_path / "one.parquet", streaming=True)
-    before = pa.total_allocated_bytes()
-    first = next(iter(stream.iter(batch_size=10)))
-    np.testing.assert_array_equal(first["embeddings"], values[:10])
-    assert pa.total_allocated_bytes() - before < values.nbytes / 2
+    asked, rows = {}, {}
+    options = parquet_options()
+    for name, given in (("ours", options["fragment_scan_options"]), ("pyarrow's", None)):
+        opened = Requests(tmp_path / "one.parquet")
+        fragment = pa.dataset.ParquetFileFormat(default_fragment_scan_options=given).make_fragment(opened)
+        rows[name] = [len(batch) for batch in fragment.to_batches(batch_size=options["batch_size"])]
+        asked[name] = max(opened.sizes)
+    assert asked["ours"] <= READ_AT_ONCE < asked["pyarrow's"]
+    assert max(rows["ours"]) <= BATCH_ROWS and sum(rows["ours"]) == len(values)
 
 
 def test_statistics_are_those_of_numpy(monkeypatch):

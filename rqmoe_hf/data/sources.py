@@ -63,7 +63,11 @@ def _built(builder: str, files: str | list[str], streaming: bool) -> Dataset | I
 
 
 def parquet_options() -> dict[str, Any]:
-    """How `datasets` is to read parquet: otherwise a whole row group, which can be of any size, would be in memory."""
+    """How `datasets` is to read parquet.
+
+    Arrow decodes a row group, which can be of any size, as a whole. Without these options what it is decoded from would
+    be in memory as a whole, too, and again what is written to the cache.
+    """
     options: dict[str, Any] = {"batch_size": BATCH_ROWS}
     if hasattr(ParquetConfig, "fragment_scan_options"):  # since datasets 4.2
         options["fragment_scan_options"] = pyarrow.dataset.ParquetFragmentScanOptions(
