@@ -155,7 +155,10 @@ class Scanner:
         if not assigned:
             return
         self._own()
-        self._make_room(sum(np.bincount(lists, minlength=self.lists) for lists, _ in assigned))
+        counts = np.zeros(self.lists, np.int64)
+        for lists, _ in assigned:
+            counts += np.bincount(lists, minlength=self.lists)
+        self._make_room(counts)
         gathered: list[tuple[np.ndarray, ...]] = []
         for (rows, codes), (lists, levels) in zip(batches, assigned, strict=True):
             gathered.append((rows, codes if levels is None else np.hstack([codes, levels[:, None]]), lists))
