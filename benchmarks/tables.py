@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import environment
-from scaling.tables import costs, forecast
+from scaling.tables import costs, forecast, peaks
 
 from rqmoe_hf.bundled import bundled_quantizers, load_quantizer
 from rqmoe_hf.codes import describe_sizes
@@ -285,6 +285,7 @@ TABLES = {
         machine,
         costs,
         forecast,
+        peaks,
     )
 }
 

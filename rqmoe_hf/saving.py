@@ -1,11 +1,14 @@
 """Writing a checkpoint so that it is whole or not there, and telling its weights from others."""
 
 import hashlib
+import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 
 from .limits_rqmoe import LARGEST
@@ -62,6 +65,43 @@ def weights_checksum(model: RQMoEModel) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def write_tensors(
+    file: Path, arrays: dict[str, np.ndarray], last: str, size: int, parts: Iterable[np.ndarray], notes: dict[str, str]
+) -> None:
+    """Writes a safetensors file whose last array is made while it is written, so that it is never whole in memory.
+
+    Args:
+        file: Where to.
+        arrays: float32 and int64, by name; those of int64 come first, so that all are aligned.
+        last: Name of the last array, uint8 `(size,)`.
+        size: Its bytes.
+        parts: What it consists of, contiguous arrays of any type, one after the other.
+        notes: The file's metadata.
+
+    Raises:
+        ValueError: If the parts have another size.
+    """
+    header: dict[str, Any] = {"__metadata__": notes}
+    place, kinds = 0, {"int64": "I64", "float32": "F32"}
+    ordered = dict(sorted(arrays.items(), key=lambda item: -item[1].itemsize))
+    for name, array in ordered.items():
+        offsets = [place, place := place + array.nbytes]
+        header[name] = {"dtype": kinds[array.dtype.name], "shape": array.shape, "data_offsets": offsets}
+    header[last] = {"dtype": "U8", "shape": [size], "data_offsets": [place, place + size]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as opened:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        for array in ordered.values():
+            opened.write(np.ascontiguousarray(array).data)
+        start = opened.tell()
+        for part in parts:
+            opened.write(part.data)
+        written = opened.tell() - start
+    if written != size:
+        raise ValueError(f"{file}: the array {last} should have {size} bytes, its parts have {written}.")
 
 
 def maker_record(model: RQMoEModel, num_codebooks: int) -> dict[str, Any]:

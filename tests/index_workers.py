@@ -11,7 +11,8 @@ from conftest import MEMBERS, SIZE, randomize
 
 from rqmoe_hf import RQMoEConfig, RQMoEModel
 from rqmoe_hf.index import RQMoEIndex
-from rqmoe_hf.index.scanning import Scanner, fit_scanner
+from rqmoe_hf.index.fitting import fit_scanner
+from rqmoe_hf.index.scanning import Scanner
 
 MODEL = randomize(RQMoEModel(MEMBERS["additive"]))
 
@@ -121,7 +122,7 @@ def filled(count: int, lists: int) -> Scanner:
         return rng.integers(0, 256, (20_000, 16), np.uint8)
 
     scanner = fit_scanner(model, some(), 16, "cosine", lists)
-    scanner.add((np.arange(start, start + 20_000), some()) for start in range(0, count, 20_000))
+    scanner.add([(np.arange(start, start + 20_000), some()) for start in range(0, count, 20_000)])
     scanner.search(np.ones((1, 8), np.float32), 10, lists)
     return scanner
 

@@ -13,7 +13,7 @@ from conftest import MEMBERS, SIZE, randomize
 
 from rqmoe_hf import RQMoEConfig, RQMoEModel, load_quantizer, unpack_codes
 from rqmoe_hf.index import RQMoEIndex
-from rqmoe_hf.index.scanning import fit_scanner
+from rqmoe_hf.index.fitting import fit_scanner
 
 METRICS = ("cosine", "inner_product", "l2")
 UNEQUAL = {"hidden_size": SIZE, "num_codebooks": 4, "codebook_size": 64, "codebook_sizes": [64, 20, 64, 5],
@@ -59,7 +59,7 @@ def brute_force(model, embeddings, queries, metric):
 def test_first_stage_scores_are_those_of_a_loop_over_the_tables(quantizer, clustered, queries, metric, lists):
     codes = quantizer.compress(clustered[:800])
     scanner = fit_scanner(quantizer, codes, quantizer.config.num_codebooks, metric, lists)
-    scanner.add((np.arange(start, start + 100) + 10, codes[start : start + 100]) for start in range(0, 800, 100))
+    scanner.add([(np.arange(start, start + 100) + 10, codes[start : start + 100]) for start in range(0, 800, 100)])
     sums = np.zeros((800, SIZE))
     for row, code in enumerate(unpack_codes(codes, quantizer.config.num_codebooks, quantizer.config.code_sizes)):
         for table, index in zip(scanner.tables.codewords, code, strict=True):

@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 from rqmoe_hf import RQMoEConfig, RQMoEModel, pack_codes
 from rqmoe_hf.codes import bits_per_code, unpack_codes
 from rqmoe_hf.index import RQMoEIndex, RQMoEShards, verify
-from rqmoe_hf.index.first_codes import split_codes
-from rqmoe_hf.index.scanning import fit_scanner
+from rqmoe_hf.index.first_codes import first_codes, other_codes
+from rqmoe_hf.index.fitting import fit_scanner
 
 METRICS = ("cosine", "inner_product", "l2")
 SIZES = {"bits left over": [24, 20, 64, 5], "whole bytes": [300, 256, 16, 16]}
@@ -68,7 +68,7 @@ def filled(truth, metric, rows=None):
     """A scanner with codes, whose row numbers are 10 higher than in the truth."""
     scanner = fit_scanner(truth.model, truth.packed, len(truth.sizes), metric, truth.sizes[0])
     rows = np.arange(ROWS) if rows is None else rows
-    scanner.add((part + 10, truth.packed[part]) for part in np.array_split(rows, 7))
+    scanner.add([(part + 10, truth.packed[part]) for part in np.array_split(rows, 7)])
     return scanner
 
 
@@ -254,10 +254,12 @@ def test_snapshots_that_do_not_fit(clustered, tmp_path, change):
 
 
 @pytest.mark.parametrize("sizes", [[2, 5], [256, 256], [2**16, 3, 7], [4096, 1024, 1024, 256], [300, 2], [100, 2**16]])
-def test_split_codes(sizes):
+def test_first_codes_are_taken_off(sizes):
     rng = np.random.default_rng(0)
     codes = np.stack([rng.integers(0, size, 500) for size in sizes], axis=1)
     width = -(-sum(bits_per_code(size) for size in sizes[1:]) // 8)
-    first, rest = split_codes(pack_codes(codes, sizes), bits_per_code(sizes[0]), width)
+    packed = pack_codes(codes, sizes)
+    first = first_codes(packed, bits_per_code(sizes[0]))
+    rest = other_codes(packed, bits_per_code(sizes[0]), width)
     np.testing.assert_array_equal(first, codes[:, 0])
     np.testing.assert_array_equal(unpack_codes(rest, len(sizes) - 1, sizes[1:]), codes[:, 1:])

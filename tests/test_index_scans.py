@@ -12,7 +12,7 @@ from conftest import MEMBERS, randomize
 from rqmoe_hf import RQMoEModel, unpack_codes
 from rqmoe_hf.additive import faiss_widths
 from rqmoe_hf.index import RQMoEIndex
-from rqmoe_hf.index.scanning import fit_scanner
+from rqmoe_hf.index.fitting import fit_scanner
 from rqmoe_hf.index.scans import mapping, scan_lists
 
 BITS, LISTS, EMPTY = [10, 3, 7, 4], 12, 5

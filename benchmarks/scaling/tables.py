@@ -1,4 +1,4 @@
-"""The tables of docs/scaling.md, from results/cost.json."""
+"""The tables of docs/scaling.md, from results/cost.json and results/memory.json."""
 
 import environment
 import numpy as np
@@ -62,6 +62,27 @@ def forecast() -> str:
         lines.append(f"| machines of {CORES} such cores that {name} within a day | {shown} |")
     shards = [int(np.ceil(taken / (0.8 * MEMORY))) for taken in inside]
     lines.append(f"| machines of {MEMORY >> 30} GiB that hold the index | {' | '.join(f'{n:,}' for n in shards)} |")
+    return "\n".join(lines)
+
+
+def peaks() -> str:
+    """Peak memory of the stages for the fewest and the most vectors, less what an index has to hold."""
+    stages = environment.load("memory")["stages"]
+    lines = [
+        "| stage | vectors | anonymous | of it codes and ids | the rest | grows | pages of files | took |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, rows in stages.items():
+        numbers = sorted(map(int, rows))
+        pair = [rows[str(number)] for number in (numbers[0], numbers[-1])]
+        rest = [row["anonymous"] - row["held"] for row in pair]
+        cells = [[f"{number / 1e6:g} M" for number in (numbers[0], numbers[-1])]]
+        cells.append([size(row["anonymous"]) for row in pair])
+        cells.append([size(row["held"]) for row in pair if row["held"]])
+        cells += [[size(count) for count in rest], [f"x{rest[1] / rest[0]:.2f}"]]
+        cells.append([size(row["file"]) for row in pair])
+        cells.append([duration(row["seconds"]) for row in pair])
+        lines.append(f"| {name} | {' | '.join(' / '.join(cell) for cell in cells)} |")
     return "\n".join(lines)
 
 

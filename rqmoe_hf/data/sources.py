@@ -2,14 +2,19 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+import pyarrow.dataset
+from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
+from datasets.packaged_modules.parquet.parquet import ParquetConfig
 from faiss.contrib.vecs_io import bvecs_mmap, fvecs_mmap
 
-from .parquet import is_url, parquet_urls
+from .batches import as_matrix
+from .parquet import BATCH_ROWS, READ_AT_ONCE, is_url, parquet_urls
+from .sampling import MANY_ROWS, sample_rows
 
 FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 
@@ -49,11 +54,26 @@ def load_table(source: str | os.PathLike, split: str = "train", streaming: bool 
 
 def _built(builder: str, files: str | list[str], streaming: bool) -> Dataset | IterableDataset:
     """A table of files, whose damage comes to light as a ValueError that names them."""
+    options = parquet_options() if builder == "parquet" else {}
     try:
-        return load_dataset(builder, data_files=files, split="train", streaming=streaming)
+        return load_dataset(builder, data_files=files, split="train", streaming=streaming, **options)
     except (DatasetGenerationError, pa.ArrowException, OSError, UnicodeError, ImportError) as error:
         reason = error.__cause__ or error
         raise ValueError(f"{files if isinstance(files, str) else files[0]} cannot be read: {reason}") from error
+
+
+def parquet_options() -> dict[str, Any]:
+    """How `datasets` is to read parquet.
+
+    Arrow decodes a row group, which can be of any size, as a whole. Without these options what it is decoded from
+    would be in memory as a whole, too, and again what is written to the cache.
+    """
+    options: dict[str, Any] = {"batch_size": BATCH_ROWS}
+    if hasattr(ParquetConfig, "fragment_scan_options"):  # since datasets 4.2
+        options["fragment_scan_options"] = pyarrow.dataset.ParquetFragmentScanOptions(
+            use_buffered_stream=True, buffer_size=READ_AT_ONCE, pre_buffer=False
+        )
+    return options
 
 
 def load_embeddings(
@@ -116,17 +136,37 @@ def as_array(dataset: Dataset, rows: np.ndarray | None = None) -> np.ndarray:
 def sample_array(dataset: Dataset | IterableDataset, count: int, seed: int) -> np.ndarray:
     """Up to `count` random rows (of a stream: its first rows), float32 `(count, d)`."""
     if isinstance(dataset, IterableDataset):
-        return np.stack([np.asarray(row["embeddings"], dtype=np.float32) for row in dataset.take(count)])
+        return _first_rows(dataset, count)
     if len(dataset) <= count:
         return as_array(dataset)
-    return as_array(dataset, np.sort(np.random.default_rng(seed).permutation(len(dataset))[:count]))
+    return as_array(dataset, sample_rows(len(dataset), count, np.random.default_rng(seed)))
+
+
+def _first_rows(dataset: IterableDataset, count: int) -> np.ndarray:
+    """The first rows of a stream, float32 `(count, d)`, of which nothing else is in memory but a batch."""
+    array, filled = np.empty((0, 0), np.float32), 0
+    for batch in dataset.take(count).iter(batch_size=min(count, 1_024)):
+        rows = as_matrix(batch["embeddings"], "embeddings")
+        if not filled:
+            array = np.empty((count, rows.shape[1]), np.float32)
+        if rows.shape[1] != array.shape[1]:
+            raise ValueError("The embeddings are not all vectors of one length: drop missing and cut rows first.")
+        array[filled : filled + len(rows)] = rows
+        filled += len(rows)
+    return array[:filled]
 
 
 def split_dataset(dataset: Dataset, held_out: int, seed: int) -> tuple[Dataset, Dataset]:
     """Takes random rows (at most a fifth) out of a data set for evaluation; returns the rest and those."""
-    count = min(held_out, len(dataset) // 5)
-    order = np.random.default_rng(seed).permutation(len(dataset))
-    return dataset.select(np.sort(order[count:])), dataset.select(np.sort(order[:count]))
+    total, count = len(dataset), min(held_out, len(dataset) // 5)
+    generator = np.random.default_rng(seed)
+    if total <= MANY_ROWS:
+        order = generator.permutation(total)
+        return dataset.select(np.sort(order[count:])), dataset.select(np.sort(order[:count]))
+    chosen = sample_rows(total, count, generator)
+    bounds = zip([0, *(chosen + 1).tolist()], [*chosen.tolist(), total], strict=True)
+    between = [dataset.select(range(start, stop)) for start, stop in bounds if stop > start]
+    return concatenate_datasets(between), dataset.select(chosen)  # slices, where a list would name all other rows
 
 
 def _single_column(dataset: Dataset | IterableDataset, column: str) -> Dataset | IterableDataset:

@@ -301,6 +301,17 @@ class Database:
                 raise DamagedRowsError("metadata in it are no JSON") from error
             raise ValueError(f"The filter is too large or too deep for SQLite: {error}.") from error
 
+    def rows_at(self, places: np.ndarray) -> np.ndarray:
+        """Row numbers at places in the order of all rows, counted from 0: int64, ascending as the places are."""
+        found, start = [], 0
+        cursor = self._connection.execute("SELECT row FROM vectors ORDER BY row")
+        while listed := cursor.fetchmany(CHUNK):
+            rows = np.array(listed, np.int64)[:, 0]
+            first, last = np.searchsorted(places, [start, start + len(rows)])
+            found.append(rows[places[first:last] - start])
+            start += len(rows)
+        return np.concatenate(found) if found else np.empty(0, np.int64)
+
     def batches(self, after: int = 0, size: int = CHUNK) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Row numbers, int64 `(n,)`, and codes, uint8 `(n, bytes)`, of all rows above one, in order."""
         while True:
@@ -338,8 +349,8 @@ class Database:
     def removed(self, after: int) -> tuple[np.ndarray, int]:
         """Rows removed since the removal numbered `after`, int64, and the number of the last removal."""
         found = self._connection.execute("SELECT number, row FROM removed WHERE number > ? ORDER BY number", (after,))
-        pairs = found.fetchall()
-        return np.array([row for _, row in pairs], np.int64), pairs[-1][0] if pairs else after
+        pairs = np.fromiter((value for pair in found for value in pair), np.int64).reshape(-1, 2)
+        return np.ascontiguousarray(pairs[:, 1]), int(pairs[-1, 0]) if len(pairs) else after
 
     def last_removal(self) -> int:
         """Number of the last removal."""

@@ -23,7 +23,15 @@ def first_lists(config: RQMoEConfig, steps: int) -> int | None:
     return sizes_of(1, config.code_sizes)[0]
 
 
-def split_codes(packed: np.ndarray, bits: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+def first_codes(packed: np.ndarray, bits: int) -> np.ndarray:
+    """The first codes, of 1 to 16 bits, of packed codes, uint8 `(n, bytes)`: int32 `(n,)`."""
+    first = packed[:, 0].astype(np.int32)
+    if packed.shape[1] > 1:
+        first |= packed[:, 1].astype(np.int32) << 8
+    return first & ((1 << bits) - 1)
+
+
+def other_codes(packed: np.ndarray, bits: int, width: int) -> np.ndarray:
     """Takes the first code off packed codes.
 
     Args:
@@ -32,14 +40,13 @@ def split_codes(packed: np.ndarray, bits: int, width: int) -> tuple[np.ndarray, 
         width: Bytes of what follows it.
 
     Returns:
-        The first codes, int32 `(n,)`, and the others, packed, uint8 `(n, width)`.
+        The others, packed, uint8 `(n, width)`.
     """
     skipped, shift = divmod(bits, 8)
     stream = np.zeros((len(packed), max(packed.shape[1], skipped + width + 1)), np.uint16)
     stream[:, : packed.shape[1]] = packed
-    first = (stream[:, 0].astype(np.int32) | stream[:, 1].astype(np.int32) << 8) & ((1 << bits) - 1)
     low, high = stream[:, skipped : skipped + width], stream[:, skipped + 1 : skipped + width + 1]
-    return first, (low >> shift | high << (8 - shift)).astype(np.uint8)
+    return (low >> shift | high << (8 - shift)).astype(np.uint8)
 
 
 def joined_codes(rest: np.ndarray, first: np.ndarray, bits: int) -> np.ndarray:

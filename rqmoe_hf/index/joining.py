@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from .documents import Id, codes_array
-from .ranking import Plan, sample_of
+from .fitting import fit_scanner
+from .ranking import Plan, sample_places
 from .rescoring import Rescorer
-from .scanning import Scanner, fit_scanner
+from .scanning import Scanner
 from .shard import Candidates, Facts
 
 SHARD_BITS = 48  # of a row number; the shard's number is above them, so that rows are in the order of the shards
@@ -73,7 +74,7 @@ def fit_tables(shards: Sequence[Any], rescorer: Rescorer, lists: int) -> Scanner
     """An empty scanner whose tables are those of one index with the rows of all shards."""
     parts = [shard.rows() for shard in shards]
     rows = np.concatenate([part + (number << SHARD_BITS) for number, part in enumerate(parts)])
-    rows = sample_of(rows, lists)
+    rows = rows[sample_places(len(rows), lists)]
     numbers, codes = rows >> SHARD_BITS, []
     for number, shard in enumerate(shards):
         codes += shard.codes_of(rows[numbers == number] - (number << SHARD_BITS))

@@ -1,15 +1,19 @@
 """The stages of a search: tables choose a shortlist, and what is known better ranks it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 
 from ..codes import bits_per_code, bytes_per_vector, sizes_of
+from ..data.sampling import sample_rows
 from ..modeling_rqmoe import RQMoEModel
+from .codewords import exact_codewords
 from .documents import DamagedRowsError, Database, State, codes_array
+from .fitting import FIT_ROWS, POINTS_PER_LIST, fit_scanner
 from .rescoring import FOREIGN, Rescorer, normalized
-from .scanning import FIT_ROWS, POINTS_PER_LIST, Scanner, Tables, exact_codewords, fit_scanner
+from .scanning import Scanner, Tables
 
 FLAT_UP_TO = 50_000  # codes
 GROWTH = 4  # tables and lists are made anew when the collection has grown so much
@@ -62,17 +66,32 @@ def number_of_lists(kind: str, num_lists: int | None, count: int, first: int | N
     return min(num_lists or round(count**0.5), max(count, 1))
 
 
-def sample_of(rows: np.ndarray, lists: int) -> np.ndarray:
-    """Those of the rows, in their order, on whose codes tables and lists are fitted."""
+def sample_places(count: int, lists: int) -> np.ndarray:
+    """Which of so many rows, in their order, tables and lists are fitted to: their places, int64, ascending."""
     wanted = max(FIT_ROWS, POINTS_PER_LIST * lists)
-    if len(rows) <= wanted:
-        return rows
-    return rows[np.sort(np.random.default_rng(0).choice(len(rows), wanted, replace=False))]
+    return sample_rows(count, min(count, wanted), np.random.default_rng(0))
 
 
 def outgrown(count: int, fitted: int, lists: int, wanted_lists: int) -> bool:
     """Whether tables fitted on `fitted` rows are to be made anew for so many."""
     return count > GROWTH * fitted or (wanted_lists > 1 and lists == 1)
+
+
+class RowsAbove:
+    """Row numbers and codes above a row, batch by batch, read anew each time.
+
+    Args:
+        database: Where they are.
+        row: The row.
+    """
+
+    def __init__(self, database: Database, row: int):
+        self.database, self.row, self.last = database, row, row
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for rows, codes in self.database.batches(self.row):
+            self.last = int(rows[-1])
+            yield rows, codes
 
 
 class Ranker(Rescorer):
@@ -154,7 +173,7 @@ class Ranker(Rescorer):
     def rebuild(self, state: State) -> Scanner:
         """A scanner with tables and lists fitted to what is there now, or shared ones."""
         scanner, fitted = self._empty(state), state.count if self.shared is None else self.progress.fitted
-        removal = self.database.removed(self.progress.removal)[1]
+        removal = max(self.database.last_removal(), self.progress.removal)
         last = self._scan_from(scanner, 0)
         self.scanner = scanner
         self.progress = Progress(state.version, last, max(removal, state.forgotten), fitted)
@@ -162,16 +181,9 @@ class Ranker(Rescorer):
 
     def _scan_from(self, scanner: Scanner, row: int) -> int:
         """Adds the rows above one; the highest row."""
-        last = row
-
-        def batches():
-            nonlocal last
-            for rows, codes in self.database.batches(row):
-                last = int(rows[-1])
-                yield rows, codes
-
-        scanner.add(batches())
-        return last
+        above = RowsAbove(self.database, row)
+        scanner.add(above)
+        return above.last
 
     def _lists(self, state: State) -> int:
         """Inverted lists for what is there now."""
@@ -183,7 +195,7 @@ class Ranker(Rescorer):
             sizes = sizes_of(self.steps, self.quantizer.config.code_sizes)
             return Scanner(replace(self.shared), bytes_per_vector(self.steps, sizes), self.scanned)
         lists = self._lists(state)
-        rows = sample_of(self.database.matching(None), lists)
+        rows = self.database.rows_at(sample_places(state.count, lists))
         codes = codes_array(list(self.database.codes_of(rows).values()))
         try:
             return fit_scanner(self.quantizer, codes, self.steps, self.scanned, lists)

@@ -26,24 +26,19 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from torch.nn import functional as F
 
 from ..additive import faiss_widths
 from ..codes import unpack_codes
 from ..least_squares import starts_of
-from ..modeling_rqmoe import RQMoEModel
-from .codewords import exact_codewords, fit_codewords
+from ..saving import write_tensors
 from .documents import DamagedRowsError
-from .first_codes import first_lists, joined_codes, split_codes
+from .first_codes import first_codes, joined_codes, other_codes
 from .scans import FEW_THREADS, mapping, scan, scan_soon
 from .snapshots import check_arrays, span_of
 
 NORM_LEVELS = 256
-FIT_ROWS = 32_768
-POINTS_PER_LIST = 48
-ITERATIONS = 10
-PROBES = 1_024
+GATHERED_ROWS = 1 << 18  # that are in memory beside the lists while they are added
 MARKS = 1 << 30  # row numbers up to which a table tells which rows are wanted
 QUERIES = 256  # whose look-up tables are computed at a time
 
@@ -153,46 +148,85 @@ class Scanner:
         return F.embedding_bag(rows, torch.from_numpy(self._codewords), mode="sum").numpy()
 
     def add(self, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
-        """Adds rows, int64 `(n,)`, and their packed codes, uint8 `(n, bytes)`, batch by batch."""
-        self._own()
-        made = [(rows, *self._extended(codes)) for rows, codes in batches]
-        if not made:
+        """Adds rows, int64 `(n,)`, and their packed codes, uint8 `(n, bytes)`, batch by batch.
+
+        The first time through it is found out how long the lists will be, so that they get their place at once: a
+        list that outgrows its place is copied, and what it takes then is up to twice what it needs. Beside the lists,
+        what is kept for each vector meanwhile are its list and the code of its norm, 3 bytes.
+
+        Args:
+            batches: Gives the same batches each time that it is gone through. If it fails the second time, some may
+                be in.
+
+        Raises:
+            ValueError: If it can be gone through only once.
+        """
+        if iter(batches) is batches:
+            raise ValueError("The batches are gone through twice, got an iterator: give a list of them.")
+        assigned = [self._assigned(codes) for _, codes in batches]
+        if not assigned:
             return
-        rows, codes, lists = (np.concatenate(parts) for parts in zip(*made, strict=True))
-        del made
+        self._own()
+        counts = np.zeros(self.lists, np.int64)
+        for lists, _ in assigned:
+            counts += np.bincount(lists, minlength=self.lists)
+        self._make_room(counts)
+        gathered: list[tuple[np.ndarray, ...]] = []
+        for (rows, codes), (lists, levels) in zip(batches, assigned, strict=True):
+            gathered.append((rows, self._scannable(codes, levels), lists))
+            if sum(len(part[0]) for part in gathered) >= GATHERED_ROWS:
+                self._append(gathered)
+                gathered.clear()
+        if gathered:
+            self._append(gathered)
+
+    def _make_room(self, counts: np.ndarray) -> None:
+        """Lets each list have the place for so many more: what it has been once, it keeps the place for."""
+        lists = self._index.invlists
+        for number in np.flatnonzero(counts).tolist():
+            size = lists.list_size(number)
+            lists.resize(number, size + int(counts[number]))
+            lists.resize(number, size)
+
+    def _append(self, parts: list[tuple[np.ndarray, ...]]) -> None:
+        """Adds row numbers with the codes that are scanned, and the lists that they belong to."""
+        import faiss
+
+        rows, codes, lists = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         order = np.argsort(lists, kind="stable")
         ends = np.searchsorted(lists[order], np.arange(self.lists + 1))
         for number, (start, stop) in enumerate(pairwise(ends)):
             if stop > start:
-                self._append(number, rows[order[start:stop]], codes[order[start:stop]])
+                part = rows[order[start:stop]], codes[order[start:stop]]
+                self._index.invlists.add_entries(number, len(part[0]), *map(faiss.swig_ptr, part))
         self._index.ntotal += len(rows)
 
-    def _append(self, number: int, rows: np.ndarray, codes: np.ndarray) -> None:
-        import faiss
-
-        rows, codes = np.ascontiguousarray(rows), np.ascontiguousarray(codes)
-        self._index.invlists.add_entries(number, len(rows), faiss.swig_ptr(rows), faiss.swig_ptr(codes))
-
-    def _extended(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The codes with that of their norm, and the list that each belongs to."""
+    def _assigned(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """The list that each of the codes belongs to, and the code of its norm, uint8, if norms are needed."""
         if codes.shape[1] != self.code_bytes:  # Faiss would read on behind them
             raise DamagedRowsError(f"its codes have {codes.shape[1]} bytes, not {self.code_bytes}")
-        whole, lists, by_first = codes, np.zeros(len(codes), np.int32), self.tables.by_first_code
+        lists, levels = np.zeros(len(codes), np.uint16 if self.lists <= 1 << 16 else np.int32), None
+        by_first = self.tables.by_first_code
         if by_first:
-            lists, codes = split_codes(whole, self._bits[0], self._scanned_bytes)
+            lists[:] = first_codes(codes, self._bits[0])
             if lists.max(initial=0) >= self.lists:  # Faiss would write behind the lists
                 raise DamagedRowsError(f"one of its first codes is {lists.max()}, of {self.lists} codewords")
         if self.tables.norms is None and (by_first or self.lists == 1):
-            return codes, lists
-        sums = self.sums(whole)
+            return lists, None
+        sums = self.sums(codes)
         if self.lists > 1 and not by_first:
             lists[:] = self._coarse.search(sums, 1)[1][:, 0]
         if self.tables.norms is not None:
             low, high = self.tables.norms[[0, -1]]
             levels = (np.linalg.norm(sums, axis=1) - low) / max(high - low, 1e-12) * (NORM_LEVELS - 1)
             levels = np.clip(np.rint(levels), 0, NORM_LEVELS - 1).astype(np.uint8)
-            codes = np.hstack([codes, levels[:, None]])
-        return codes, lists
+        return lists, levels
+
+    def _scannable(self, codes: np.ndarray, levels: np.ndarray | None) -> np.ndarray:
+        """Codes as the lists hold them: without first codes that the list tells, and with that of the norm."""
+        if self.tables.by_first_code:
+            codes = other_codes(codes, self._bits[0], self._scanned_bytes)
+        return codes if levels is None else np.hstack([codes, levels[:, None]])
 
     def remove(self, rows: np.ndarray) -> None:
         """Drops rows; those that are not there are passed over."""
@@ -333,21 +367,16 @@ class Scanner:
             notes: Integers that [`load`] gives back.
             with_codewords: Store the tables, because the quantizer does not give them.
         """
-        width = self._index.code_size + 8
-        lists = np.empty(len(self) * width, np.uint8)
-        sizes, place = np.zeros(self.lists, np.int64), 0
-        for number in range(self.lists):
-            rows, codes = self._list(number)
-            part = lists[place : place + len(rows) * width]
-            part[: codes.size], part[codes.size :] = codes.reshape(-1), rows.view(np.uint8)
-            sizes[number], place = len(rows), place + len(part)
-        arrays = {"lists": lists, "sizes": sizes}
+        lists = self._index.invlists
+        arrays = {"sizes": np.array([lists.list_size(number) for number in range(self.lists)], np.int64)}
         more = {"norms": self.tables.norms, "probes": self.tables.probes}
         more["centroids"] = None if self.tables.by_first_code else self.tables.centroids
         arrays |= {name: array for name, array in more.items() if array is not None}
         if with_codewords:
             arrays["codewords"] = np.concatenate(self.tables.codewords)
-        save_file(arrays, file, {name: str(value) for name, value in notes.items()})
+        parts = (array for number in range(self.lists) for array in reversed(self._list(number)))
+        size = len(self) * (self._index.code_size + 8)
+        write_tensors(file, arrays, "lists", size, parts, {name: str(value) for name, value in notes.items()})
 
     @classmethod
     def load(
@@ -446,36 +475,3 @@ def _settle_ties(
         order = np.lexsort((found[0], -more[0]))
         order = order[found[0][order] >= 0][: scores.shape[1]]
         scores[place], rows[place] = more[0][order], found[0][order]
-
-
-def fit_scanner(quantizer: RQMoEModel, sample: np.ndarray, steps: int, metric: str, lists: int) -> Scanner:
-    """An empty scanner whose tables, norms and lists suit a sample of codes, uint8 `(n, bytes)`, n >= 1.
-
-    As many lists as the first codes make are made of the first codes.
-    """
-    experts, by_first = quantizer.config.has_experts, lists == first_lists(quantizer.config, steps)
-    codewords = fit_codewords(quantizer, sample[:FIT_ROWS], steps) if experts else exact_codewords(quantizer, steps)
-    flat = np.zeros((1, codewords[0].shape[1]), np.float32)
-    centroids = codewords[0][:lists] if by_first else flat
-    if metric == "inner_product" and (by_first or lists == 1):
-        return Scanner(Tables(codewords, None, centroids, by_first_code=by_first), sample.shape[1], metric)
-    sums = Scanner(Tables(codewords, None, flat), sample.shape[1], metric).sums(sample)
-    lengths = np.linalg.norm(sums, axis=1)
-    norms = np.linspace(lengths.min(), lengths.max(), NORM_LEVELS, dtype=np.float32)
-    if lists > 1 and not by_first:
-        centroids = find_centroids(sums, lists, spherical=metric != "l2")
-    tables = Tables(codewords, None if metric == "inner_product" else norms, centroids, by_first_code=by_first)
-    if metric == "cosine":
-        rows = np.unique(np.linspace(0, len(sums) - 1, PROBES).astype(int))
-        tables.probes = sums[rows] / np.maximum(lengths[rows, None], 1e-12)
-    return Scanner(tables, sample.shape[1], metric)
-
-
-def find_centroids(vectors: np.ndarray, lists: int, spherical: bool, seed: int = 0) -> np.ndarray:
-    """Centroids of the inverted lists by k-means: float32 `(lists, d)`."""
-    import faiss
-
-    kmeans = faiss.Kmeans(vectors.shape[1], lists, niter=ITERATIONS, seed=seed, spherical=spherical,
-                          max_points_per_centroid=POINTS_PER_LIST, min_points_per_centroid=1)  # fmt: skip
-    kmeans.train(np.ascontiguousarray(vectors))
-    return np.asarray(kmeans.centroids)

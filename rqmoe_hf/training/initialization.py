@@ -22,6 +22,7 @@ MIN_VECTORS_PER_CODEWORD = 4
 # in proportion to codewords per vector. With fewer than nine vectors each, larger codebooks lose what they gain.
 ENOUGH_VECTORS = 9
 CODE_BITS = (8, 11)
+BLOCK = 16_384  # vectors of which there is a copy in float64
 
 
 def initialize(
@@ -72,8 +73,7 @@ def initialize(
             f"Codebooks of {config.codebook_size} codewords need at least {needed} vectors, got {len(embeddings)}: "
             "give more, or choose a smaller codebook_size."
         )
-    mean = embeddings.mean(axis=0, dtype=np.float64)
-    variance = embeddings.var(axis=0, dtype=np.float64).mean()
+    mean, variance = _moments(embeddings)
     if not np.isfinite(variance) or variance <= 0:
         raise ValueError(f"The embeddings' variance is {variance}: they are constant, or hold NaN or infinity.")
     if method == "lsq":
@@ -81,7 +81,7 @@ def initialize(
         blocks = [sizes[block] for block in blocks_of(config, config.num_codebooks)]
         for block in blocks:
             _check_lsq(block)
-        standardised = ((embeddings - mean.astype(np.float32)) / np.float32(np.sqrt(variance))).astype(np.float32)
+        standardised = _standardised(embeddings, mean.astype(np.float32), np.float32(np.sqrt(variance)))
         source = NeighborJitter(standardised, mean / np.sqrt(variance), show_progress_bar=show_progress_bar)
         settings = {"rounds": rounds, "batch_size": sample_size, "temperature": temperature}
         trained = train_blocks(
@@ -91,7 +91,7 @@ def initialize(
         codebooks = _pad(ordered, config.codebook_size)
     else:
         rows = np.random.default_rng(seed).permutation(len(embeddings))[:sample_size]
-        sample = ((embeddings[np.sort(rows)] - mean) / np.sqrt(variance)).astype(np.float32)
+        sample = _standardised(embeddings[np.sort(rows)], mean, np.sqrt(variance))
         codebooks = _rq_codebooks(sample, model, beam_size, seed)
     with torch.no_grad():
         model.mean.copy_(torch.from_numpy(mean))
@@ -102,6 +102,23 @@ def initialize(
                 model.codebooks[:-1] @ _projection(config.hidden_size, config.condition_size, seed)
             )
     return model
+
+
+def _moments(embeddings: np.ndarray) -> tuple[np.ndarray, float]:
+    """Mean, float64 `(d,)`, and mean variance per dimension, with no copy of all embeddings in float64."""
+    mean = embeddings.mean(axis=0, dtype=np.float64)
+    squares = np.zeros_like(mean)
+    for start in range(0, len(embeddings), BLOCK):
+        squares += np.square(embeddings[start : start + BLOCK] - mean).sum(axis=0)
+    return mean, (squares / len(embeddings)).mean()
+
+
+def _standardised(embeddings: np.ndarray, mean: np.ndarray, scale: np.floating) -> np.ndarray:
+    """Embeddings less their mean, over their scale, float32 `(n, d)`."""
+    result = np.empty(embeddings.shape, np.float32)
+    for start in range(0, len(embeddings), BLOCK):
+        result[start : start + BLOCK] = (embeddings[start : start + BLOCK] - mean) / scale
+    return result
 
 
 def suitable_sizes(size: int, vectors: int) -> list[int]:

@@ -14,6 +14,7 @@ from datasets import Dataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..data.sampling import MANY_ROWS, PooledSampler
 from ..data.sources import as_array
 from ..evaluation import evaluate
 from ..saving import write_text
@@ -80,6 +81,13 @@ class RQMoETrainer(Trainer):
             self.add_callback(ClipGradientValues(args.max_grad_value))
         if args is not None and args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        """The order of the training set; of a large one without the list of all rows that torch would make."""
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(dataset, Dataset) or len(dataset) <= MANY_ROWS:
+            return super()._get_train_sampler(train_dataset)
+        return PooledSampler(len(dataset), self.args.seed if self.args.data_seed is None else self.args.data_seed)
 
     def evaluate(
         self,
