@@ -3,13 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-minimum quality style benchmark tables clean
+.PHONY: demo test test-minimum audit quality style benchmark tables clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       see real text compressed and searched (first time: minutes, then seconds)"
 	@echo "make test       run the tests"
 	@echo "make test-minimum  run the core's tests with the oldest versions of all libraries"
+	@echo "make audit      look for known vulnerabilities of the versions in constraints.txt"
 	@echo "make quality    lint and type checks          make style   fix what can be fixed"
 	@echo "make benchmark  repeat the measurements       make tables  write their tables into README and cards"
 	@echo "make benchmark-sets  build the vectors that are measured on (hours); make sift-128 builds one set"
@@ -42,6 +43,17 @@ MINIMUM = modeling codes family golden engine initialization search index index_
   sentence_transformers cli serve
 test-minimum: .venv-minimum/installed
 	OMP_NUM_THREADS=1 .venv-minimum/bin/python -m pytest $(MINIMUM:%=tests/test_%.py)
+
+# Known vulnerabilities of the versions in constraints.txt. One that cannot reach this package is named in AUDIT_IGNORED, with
+# its reason in a comment beside it. AUDIT_FLAGS=--allow-unanswered: a service that does not answer is no error.
+AUDIT_IGNORED :=
+.venv-audit/installed: Makefile
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1
+	@touch $@
+
+audit: .venv-audit/installed
+	.venv-audit/bin/python .ci/audit.py $(AUDIT_FLAGS) $(AUDIT_IGNORED)
 
 quality: .venv/installed
 	$(BIN)/ruff check .
@@ -110,4 +122,4 @@ tables: .venv/installed
 	$(BIN)/python benchmarks/tables.py
 
 clean:
-	rm -rf .venv .venv-minimum
+	rm -rf .venv .venv-minimum .venv-audit
