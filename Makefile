@@ -3,12 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test quality style benchmark tables clean
+.PHONY: demo test test-minimum audit quality style benchmark tables clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       see real text compressed and searched (first time: minutes, then seconds)"
 	@echo "make test       run the tests"
+	@echo "make test-minimum  run the core's tests with the oldest versions of all libraries"
+	@echo "make audit      look for known vulnerabilities of the versions in constraints.txt"
 	@echo "make quality    lint and type checks          make style   fix what can be fixed"
 	@echo "make benchmark  repeat the measurements       make tables  write their tables into README and cards"
 	@echo "make benchmark-sets  build the vectors that are measured on (hours); make sift-128 builds one set"
@@ -28,6 +30,30 @@ test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+
+# The oldest versions that pyproject.toml allows, for the core and the extras demo, serve, plot and tensorboard. PYTHON must be
+# 3.11, the oldest too. On Linux that torch brings CUDA along: 3 GB to download, 6 GB on disk.
+.venv-minimum/installed: pyproject.toml constraints-minimum.txt
+	$(PYTHON) -m venv .venv-minimum
+	.venv-minimum/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint constraints-minimum.txt --editable ".[demo,serve,plot,tensorboard]" pytest
+	@touch $@
+
+MINIMUM = modeling codes family golden engine initialization search index index_storage data fit training \
+  sentence_transformers cli serve
+test-minimum: .venv-minimum/installed
+	OMP_NUM_THREADS=1 .venv-minimum/bin/python -m pytest $(MINIMUM:%=tests/test_%.py)
+
+# Known vulnerabilities of the versions in constraints.txt. One that cannot reach this package is named in AUDIT_IGNORED, with
+# its reason in a comment beside it. AUDIT_FLAGS=--allow-unanswered: a service that does not answer is no error.
+AUDIT_IGNORED :=
+.venv-audit/installed: Makefile
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1
+	@touch $@
+
+audit: .venv-audit/installed
+	.venv-audit/bin/python .ci/audit.py $(AUDIT_FLAGS) $(AUDIT_IGNORED)
 
 quality: .venv/installed
 	$(BIN)/ruff check .
@@ -96,4 +122,4 @@ tables: .venv/installed
 	$(BIN)/python benchmarks/tables.py
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-minimum .venv-audit

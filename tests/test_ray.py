@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections import Counter
@@ -64,11 +65,10 @@ def expected(source, quantizer, tmp_path_factory) -> dict[str, bytes]:
     return contents(folder)
 
 
-def run(*arguments, environment: dict | None = None) -> None:
-    environment = environment or {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "rqmoe_hf", *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def run(*arguments) -> None:
+    """The command in this process: a new one would import everything again."""
+    result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -267,14 +267,21 @@ def test_parquet_files_read_the_rows_asked_for(source, tmp_path):
 
 
 def test_a_folder_on_the_hub(source, quantizer, expected, tmp_path):
+    code = """
+        import sys
+        from rqmoe_hf.cli import app
+        for engine in ("local", "ray"):
+            app(["compress", "hf://datasets/org/vectors", "-o", engine, "--model", sys.argv[1], "--shard-size", "1000",
+                 "--engine", engine], standalone_mode=False)
+    """
     with HubServer() as server:
         server.put_folder("org/vectors", source, "dataset")
         environment = {**os.environ, **server.environment(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
-        for engine in ("local", "ray"):
-            command = ["compress", "hf://datasets/org/vectors", "-o", tmp_path / engine, "--model", quantizer,
-                       "--shard-size", 1_000, "--engine", engine]  # fmt: skip
-            run(*command, environment=environment)
-            assert contents(tmp_path / engine) == expected
+        command = [sys.executable, "-c", textwrap.dedent(code), quantizer]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for engine in ("local", "ray"):
+        assert contents(tmp_path / engine) == expected
 
 
 def test_a_folder_in_object_storage(cluster, source, quantizer, expected, tmp_path, monkeypatch):
