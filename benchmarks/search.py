@@ -1,8 +1,8 @@
 """Recall against queries per second, latency, memory and build time of indexes at equal bytes per vector.
 
-    python benchmarks/search.py --set minilm-384 --ours minilm-384-16-bytes minilm-384
+    python benchmarks/search.py --set minilm-384 --ours minilm-384-32-bytes:13 minilm-384
     python benchmarks/search.py --set minilm-384 --methods IVF-PQ IVF-RQ --bytes 16 --training 10000
-    python benchmarks/search.py --set minilm-384 --methods --ours minilm-384-16-bytes --tasks
+    python benchmarks/search.py --set minilm-384 --methods --ours minilm-384-32-bytes --tasks
 
 The first `--training` vectors of the set train everything that is trained here. The database is the held-out vectors
 of the set and all others of its training vectors; if `--database` asks for more, vectors that were trained with, too.

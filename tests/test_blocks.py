@@ -158,10 +158,10 @@ def test_blocks_that_cannot_be_are_refused(settings, message):
 
 
 def test_sizes_of_blocks_are_read_from_the_command_line():
-    assert parse_sizes("1024x12,256+1024x2,64") == ([1024] * 12 + [256] + [1024] * 2 + [64], [13, 3])
-    assert parse_sizes("4096+16x2") == ([4096, 16, 16], [1, 2])
-    assert parse_sizes("16x2,4") == ([16, 16, 4], None)
-    assert parse_sizes(None) == (None, None)
+    assert parse_sizes("1024x12,256+1024x2,64") == [[1024] * 12 + [256], [1024] * 2 + [64]]
+    assert parse_sizes("4096+16x2") == [[4096], [16, 16]]
+    assert parse_sizes("16x2,4") == [[16, 16, 4]]
+    assert parse_sizes(None) is None
     for wrong in ("16x2++4", "+4", "4+", "4 + 4"):
         with pytest.raises(ValueError, match="codebook_sizes must be"):
             parse_sizes(wrong)

@@ -8,7 +8,7 @@ import torch
 from rqmoe_hf import RQMoEConfig, RQMoEModel
 from rqmoe_hf.codes import bits_per_code
 from rqmoe_hf.training import initialize
-from rqmoe_hf.training.initialization import sort_by_energy, suitable_sizes
+from rqmoe_hf.training.initialization import sort_by_energy, suitable_blocks, suitable_sizes
 
 COMMON = {"hidden_size": 16, "num_codebooks": 3, "codebook_size": 32, "intermediate_size": 8}
 CONFIGS = [
@@ -81,6 +81,12 @@ def test_codebooks_grow_with_the_vectors_and_use_every_bit(size):
         assert 9 * sum(sizes) <= vectors or max(sizes) == 256
     assert max(suitable_sizes(8, 1_000)) == 256
     assert suitable_sizes(8, 65_536) == [1024] * 6 + [16]
+
+
+def test_many_bytes_are_divided_into_blocks_of_about_the_same_size():
+    assert suitable_blocks(16, 200_000) == [suitable_sizes(16, 200_000)]
+    for size, shares in ((17, [9, 8]), (32, [16, 16]), (64, [16] * 4), (40, [14, 13, 13])):
+        assert suitable_blocks(size, 200_000) == [suitable_sizes(share, 200_000) for share in shares]
 
 
 def test_bad_samples_are_refused(clustered):

@@ -198,7 +198,7 @@ def test_a_collection_with_integer_ids(quantizer, embedding):
 
 def test_a_sentence_transformers_model_embeds(encoder):
     model = SentenceTransformer(encoder)
-    store = RQMoEVectorStore(model, "minilm-384-16-bytes")
+    store = RQMoEVectorStore(model, "minilm-384-32-bytes")
     store.add_texts(["how do I read a csv file", "the weather in spring"])
     assert store.similarity_search("csv files", k=1)[0].page_content == "how do I read a csv file"
     np.testing.assert_allclose(store.embeddings.embed_query("a"), model.encode_query("a"), atol=1e-6)

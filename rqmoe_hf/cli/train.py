@@ -119,7 +119,7 @@ def train(
     from ..data.sources import split_dataset
     from ..hub import write_card
     from ..training import RQMoETrainingArguments, train_quantizer
-    from ..training.initialization import suitable_sizes
+    from ..training.initialization import suitable_blocks, suitable_sizes
     from ..training.run import LOCAL_SEARCH
 
     if (embeddings is None) == (texts is None) or (texts is not None and encoder is None):
@@ -139,13 +139,15 @@ def train(
     else:
         held_out = load_embeddings(evaluation, column, split)
         held_out = held_out.select(range(min(evaluation_size, len(held_out))))
-    sizes, blocks = parse_sizes(codebook_sizes)
+    parts, sizes, blocks = parse_sizes(codebook_sizes), None, None
     if bytes_per_vector is not None:
-        sizes = suitable_sizes(bytes_per_vector, limit if streaming and limit else len(dataset))
-        print(
-            f"{bytes_per_vector} bytes per vector: {describe_sizes(len(sizes), sizes)} (--codebook-sizes for others)"
-        )
-    if sizes is not None:
+        count = limit if streaming and limit else len(dataset)
+        parts = suitable_blocks(bytes_per_vector, count) if additive else [suitable_sizes(bytes_per_vector, count)]
+        described = ", then ".join(describe_sizes(len(part), part) for part in parts)
+        print(f"{bytes_per_vector} bytes per vector: {described} (--codebook-sizes for others)")
+    if parts is not None:
+        sizes = [size for part in parts for size in part]
+        blocks = [len(part) for part in parts] if len(parts) > 1 else None
         num_codebooks, codebook_size = len(sizes), max(sizes)
     if additive:
         member, init, local_search = Member.additive, Start.lsq, local_search or LOCAL_SEARCH
@@ -209,14 +211,10 @@ def train(
         )
 
 
-def parse_sizes(text: str | None) -> tuple[list[int] | None, list[int] | None]:
-    """Reads "1024x6,16" as six codebooks of 1,024 codewords and one of 16; "256x8+256x8" as two blocks of eight.
-
-    Returns:
-        The sizes, and the numbers of codebooks of the blocks if there are several.
-    """
+def parse_sizes(text: str | None) -> list[list[int]] | None:
+    """Reads "1024x6,16" as a block of six codebooks of 1,024 codewords and one of 16; "256x8+256x8" as two blocks."""
     if text is None:
-        return None, None
+        return None
     part = r"\d+(x\d+)?"
     if not re.fullmatch(rf"{part}([,+]{part})*", text):
         raise ValueError(
@@ -227,8 +225,7 @@ def parse_sizes(text: str | None) -> tuple[list[int] | None, list[int] | None]:
     for block in text.split("+"):
         parts = [part.partition("x") for part in block.split(",")]
         blocks.append([int(size) for size, _, count in parts for _ in range(int(count or 1))])
-    sizes = [size for block in blocks for size in block]
-    return sizes, [len(block) for block in blocks] if len(blocks) > 1 else None
+    return blocks
 
 
 def build_config(member: Member, **settings):

@@ -22,6 +22,7 @@ MIN_VECTORS_PER_CODEWORD = 4
 # in proportion to codewords per vector. With fewer than nine vectors each, larger codebooks lose what they gain.
 ENOUGH_VECTORS = 9
 CODE_BITS = (8, 11)
+BLOCK_BYTES = 16
 BLOCK = 16_384  # vectors of which there is a copy in float64
 
 
@@ -140,6 +141,21 @@ def suitable_sizes(size: int, vectors: int) -> list[int]:
         if ENOUGH_VECTORS * sum(sizes) <= vectors:
             return sizes
     return sizes_for_bytes(size, smallest)
+
+
+def suitable_blocks(size: int, vectors: int) -> list[list[int]]:
+    """Sizes of additive codebooks in blocks of 16 bytes at most, about equal: local search is weak in larger ones.
+
+    Args:
+        size: Bytes per vector.
+        vectors: Training vectors.
+
+    Returns:
+        For each block what [`suitable_sizes`] says of its bytes.
+    """
+    count = -(-size // BLOCK_BYTES)
+    share, more = divmod(size, count)
+    return [suitable_sizes(share + (number < more), vectors) for number in range(count)]
 
 
 def _projection(size: int, target: int, seed: int) -> torch.Tensor:
