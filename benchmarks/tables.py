@@ -227,8 +227,18 @@ def levers() -> str:
 
 
 def search() -> str:
+    """Search in embeddings of texts."""
+    return search_table("search-minilm-384")
+
+
+def search_sift() -> str:
+    """Search in descriptors of pictures."""
+    return search_table("search-sift-128")
+
+
+def search_table(name: str) -> str:
     """The best recall of every index and, of all that reach a recall, the quickest setting; one thread."""
-    results = environment.load("search-minilm-384")
+    results = environment.load(name)
     lines = [
         "| index | bytes | with refinement | memory | best recall@10 | at queries/s | queries/s at recall@10 of "
         f"{SEARCH_RECALL} | latency | vectors added/s |",
@@ -282,6 +292,7 @@ TABLES = {
         bundled,
         levers,
         search,
+        search_sift,
         machine,
         costs,
         forecast,

@@ -71,11 +71,13 @@ def check_sizes(config: Any) -> None:
                 f"This configuration asks for {count:,} {what}; at most {MAX_NUMBERS:,} are allowed: choose a smaller "
                 "hidden_size, num_codebooks, codebook_size, num_experts or intermediate_size."
             )
-    codewords = max(config.search_blocks or [config.num_codebooks]) * config.codebook_size
-    if config.local_search and codewords > MAX_CODEWORDS_IN_LOCAL_SEARCH:
+    blocks = config.search_blocks or [config.num_codebooks]
+    pairs = sum((count * config.codebook_size) ** 2 for count in blocks)
+    if config.local_search and pairs > MAX_CODEWORDS_IN_LOCAL_SEARCH**2:
         raise ValueError(
-            f"local_search keeps (num_codebooks * codebook_size)^2 numbers, so that it is allowed up to "
-            f"{MAX_CODEWORDS_IN_LOCAL_SEARCH:,} codewords in all, got {codewords:,}: set local_search=0."
+            "local_search keeps (num_codebooks * codebook_size)^2 numbers, or so many for each of search_blocks: it is "
+            f"allowed up to {MAX_CODEWORDS_IN_LOCAL_SEARCH:,} codewords in all, got {config.num_codebooks} codebooks of "
+            f"{config.codebook_size:,} in blocks of {_shown(blocks)}. Set local_search=0."
         )
 
 

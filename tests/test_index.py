@@ -100,7 +100,7 @@ def test_first_stage_scores_of_any_code_and_norm_are_exact(quantizer, clustered,
 
 def test_tables_of_experts_fit_better_than_mean_contributions(clustered):
     from rqmoe_hf.additive import mean_contributions
-    from rqmoe_hf.index.scanning import fit_codewords
+    from rqmoe_hf.index.codewords import fit_codewords
 
     model = randomize(RQMoEModel(MEMBERS["paper"]))
     packed = model.compress(clustered)

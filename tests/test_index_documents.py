@@ -1,11 +1,15 @@
 """Texts, metadata and filters of an index, against plain Python over dictionaries."""
 
+import contextlib
+import sqlite3
+
 import numpy as np
 import pytest
 from conftest import MEMBERS, SIZE, randomize
 
 from rqmoe_hf import RQMoEModel
 from rqmoe_hf.index import Document, RQMoEIndex
+from rqmoe_hf.index.documents import Database
 from rqmoe_hf.index.filters import compile_filter
 
 MISSING = object()
@@ -325,3 +329,16 @@ def test_threads_may_share_an_index(additive, clustered):
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(work, range(40)))
     assert len(index) == 540
+
+
+def test_a_damaged_name_of_a_table_is_a_clear_error(tmp_path):
+    """SQLite puts the name into its message, which is no UTF-8 then."""
+    file = tmp_path / "some.sqlite"
+    Database(file, create=True).close()
+    with contextlib.closing(sqlite3.connect(file)) as connection:
+        connection.execute("PRAGMA writable_schema = ON")
+        damage = "UPDATE sqlite_schema SET sql = 'CREATE TABLE', name = CAST(x'ff' AS TEXT) WHERE name = 'state'"
+        connection.execute(damage)
+        connection.commit()
+    with pytest.raises(ValueError, match="damaged or no database"):
+        Database(file)

@@ -45,6 +45,7 @@ HOSTILE = {
     "dtype": ("os", "one of float64, float32, float16, bfloat16, got os"),
     "id2label": ("x", "make no quantizer"),
     "codebook_sizes": ([0, 256], "codebook_sizes"),
+    "search_blocks": ([2**70, -(2**70), 8], "search_blocks must be numbers of codebooks"),
     "dropout": (float("nan"), "dropout"),
 }
 
@@ -58,6 +59,18 @@ HOSTILE = {
         ({"hidden_size": 65_536, "num_codebooks": 4_096}, r"asks for 35,[\d,]+ weights; at most 4,294,967,296"),
         ({"codebook_size": 65_536, "num_experts": 512, "hidden_size": 1}, "numbers in tables"),
         ({"num_codebooks": 64, "codebook_size": 4_096, "local_search": 1}, "up to 65,536 codewords in all"),
+        (
+            {
+                "num_codebooks": 512,
+                "codebook_size": 4_096,
+                "hidden_size": 1,
+                "num_experts": 0,
+                "search_blocks": [8] * 64,
+                "local_search": 1,
+            },
+            "up to 65,536 codewords in all",
+        ),
+        ({"search_blocks": [8.5]}, "search_blocks"),
     ],
 )
 def test_hostile_sizes(tmp_path, entries, message):

@@ -36,6 +36,7 @@ COMMON = {"hidden_size": SIZE, "num_codebooks": STEPS, "codebook_size": CODEWORD
 CONFIGS = {
     "additive": RQMoEConfig.additive(**COMMON, local_search=1),
     "uneven": RQMoEConfig.additive(**COMMON, codebook_sizes=[10, 7, 4]),
+    "blocks": RQMoEConfig.additive(**COMMON, search_blocks=[1, 2], local_search=1),
     "paper": RQMoEConfig(**COMMON, instruction_size=5),
     "official": RQMoEConfig.official(**COMMON),
     "qinco": RQMoEConfig.qinco(**COMMON, num_expert_layers=2),

@@ -133,7 +133,7 @@ class Database:
                 uri, BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=file is not None
             )
             self._configure(create or file is None, immutable)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter if SQLite names a damaged name
             raise ValueError(f"{file} is damaged or no database of a collection: {error}. {RESTORE}") from error
 
     def _configure(self, create: bool, immutable: bool) -> None:
