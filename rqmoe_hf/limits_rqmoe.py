@@ -75,9 +75,9 @@ def check_sizes(config: Any) -> None:
     pairs = sum((count * config.codebook_size) ** 2 for count in blocks)
     if config.local_search and pairs > MAX_CODEWORDS_IN_LOCAL_SEARCH**2:
         raise ValueError(
-            "local_search keeps (num_codebooks * codebook_size)^2 numbers, or so many for each of search_blocks: it is "
-            f"allowed up to {MAX_CODEWORDS_IN_LOCAL_SEARCH:,} codewords in all, got {config.num_codebooks} codebooks of "
-            f"{config.codebook_size:,} in blocks of {_shown(blocks)}. Set local_search=0."
+            "local_search keeps (num_codebooks * codebook_size)^2 numbers, or that for each of search_blocks: it "
+            f"is allowed up to {MAX_CODEWORDS_IN_LOCAL_SEARCH:,} codewords in all, got {config.num_codebooks} books "
+            f"of {config.codebook_size:,} in blocks of {_shown(blocks)}. Set local_search=0."
         )
 
 
