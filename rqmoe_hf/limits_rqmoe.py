@@ -76,8 +76,8 @@ def check_sizes(config: Any) -> None:
     if config.local_search and pairs > MAX_CODEWORDS_IN_LOCAL_SEARCH**2:
         raise ValueError(
             "local_search keeps (num_codebooks * codebook_size)^2 numbers, or that for each of search_blocks: it "
-            f"is allowed up to {MAX_CODEWORDS_IN_LOCAL_SEARCH:,} codewords in all, got {config.num_codebooks} books "
-            f"of {config.codebook_size:,} in blocks of {_shown(blocks)}. Set local_search=0."
+            f"is allowed up to {MAX_CODEWORDS_IN_LOCAL_SEARCH:,} codewords in all, got {config.num_codebooks} "
+            f"codebooks of {config.codebook_size:,} in blocks of {_shown(blocks)}. Set local_search=0."
         )
 
 
