@@ -40,11 +40,12 @@ def _from_lists(vectors: Any, array: np.ndarray, what: str) -> np.ndarray:
     return np.array([np.asarray(row, np.float32) for row in vectors], np.float32)
 
 
-def check_finite(vectors: np.ndarray, what: str = "embeddings", first: int = 0) -> None:
-    """Raises a ValueError that names the first row with NaN or infinity."""
-    bad = ~np.isfinite(vectors).all(axis=1)
+def check_finite(vectors: np.ndarray, what: str = "embeddings", first: int = 0, largest: float = np.inf) -> None:
+    """Raises a ValueError that names the first row with NaN, infinity or an entry of `largest` or more."""
+    bad = ~(np.abs(vectors) < largest).all(axis=1)  # NaN fails it, too
     if bad.any():
-        raise ValueError(f"Row {first + int(bad.argmax())} of the {what} holds NaN or infinity: drop or mend it.")
+        more = f", infinity or an entry of {largest:g} or more" if np.isfinite(largest) else " or infinity"
+        raise ValueError(f"Row {first + int(bad.argmax())} of the {what} holds NaN{more}: drop or mend it.")
 
 
 def as_ids(ids: Any) -> list[Id]:

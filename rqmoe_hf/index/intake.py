@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..codes import bytes_per_vector, unpack_codes
+from ..limits_rqmoe import LARGEST_WEIGHT
 from ..modeling_rqmoe import RQMoEModel
 from .documents import CHUNK, Id, Row
 from .inputs import as_metadata, as_texts, as_vectors, check_finite, check_lengths
@@ -178,5 +179,5 @@ class Intake:
         if not len(queries):
             raise ValueError("There is no query: give at least one.")
         vectors = as_vectors(queries, self.size, "queries").astype(np.float32)
-        check_finite(vectors, "queries")
+        check_finite(vectors, "queries", largest=LARGEST_WEIGHT)  # scores of larger ones may be no numbers
         return vectors, single
