@@ -17,6 +17,7 @@ from rqmoe_hf.data import dataset_from_array
 from rqmoe_hf.least_squares import MAX_COLUMNS
 from rqmoe_hf.record import TRAINING_FILE
 from rqmoe_hf.training import RQMoETrainingArguments, initialize, train_quantizer
+from rqmoe_hf.training.initialization import block_bytes
 from rqmoe_hf.training.run import LOCAL_SEARCH
 
 from .additive_tables import best_tables, decode_tables
@@ -143,10 +144,12 @@ class OursAdditive:
     """
 
     def __init__(self, dimension: int, size: int, bits: int = 10, rounds: int = 80):
-        sizes = sizes_for_bytes(size, bits)
+        blocks = [sizes_for_bytes(share, bits) for share in block_bytes(size)]
+        sizes = [codewords for block in blocks for codewords in block]
         self.rounds = rounds
         self.code_bits, self.codebook_bytes = 8 * size, 4 * dimension * sum(sizes)
         settings = {"num_codebooks": len(sizes), "codebook_size": max(sizes), "local_search": LOCAL_SEARCH}
+        settings |= {"search_blocks": [len(block) for block in blocks]} if len(blocks) > 1 else {}
         self.model = RQMoEModel(RQMoEConfig.additive(hidden_size=dimension, codebook_sizes=sizes, **settings))
 
     def train(self, vectors: np.ndarray) -> None:

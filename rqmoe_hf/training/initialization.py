@@ -144,7 +144,7 @@ def suitable_sizes(size: int, vectors: int) -> list[int]:
 
 
 def suitable_blocks(size: int, vectors: int) -> list[list[int]]:
-    """Sizes of additive codebooks in blocks of 16 bytes at most, about equal: local search is weak in larger ones.
+    """Sizes of additive codebooks in the blocks of [`block_bytes`].
 
     Args:
         size: Bytes per vector.
@@ -153,9 +153,14 @@ def suitable_blocks(size: int, vectors: int) -> list[list[int]]:
     Returns:
         For each block what [`suitable_sizes`] says of its bytes.
     """
+    return [suitable_sizes(share, vectors) for share in block_bytes(size)]
+
+
+def block_bytes(size: int) -> list[int]:
+    """Divides bytes into blocks of 16 at most, about equal: local search is weak in larger ones."""
     count = -(-size // BLOCK_BYTES)
     share, more = divmod(size, count)
-    return [suitable_sizes(share + (number < more), vectors) for number in range(count)]
+    return [share + (number < more) for number in range(count)]
 
 
 def _projection(size: int, target: int, seed: int) -> torch.Tensor:
