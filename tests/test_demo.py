@@ -53,7 +53,7 @@ def test_bundled_quantizers_load_and_are_small():
     for name, folder in found.items():
         model = load_quantizer(name)
         assert model.is_initialized
-        assert sum(file.stat().st_size for file in folder.iterdir()) <= 20e6
+        assert sum(file.stat().st_size for file in folder.iterdir()) <= 20 * 2**20
         assert (folder / "README.md").exists()
         assert (folder / "recipe.yaml").exists()
 
