@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import environment
-from scaling.tables import costs, forecast, peaks
+from scaling.tables import costs, forecast, peaks, workers
 
 from rqmoe_hf.bundled import bundled_quantizers, load_quantizer
 from rqmoe_hf.codes import describe_sizes
@@ -298,6 +298,7 @@ TABLES = {
         costs,
         forecast,
         peaks,
+        workers,
     )
 }
 

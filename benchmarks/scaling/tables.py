@@ -86,6 +86,16 @@ def peaks() -> str:
     return "\n".join(lines)
 
 
+def workers() -> str:
+    """Compressing in one process and on workers of Ray."""
+    results = environment.load("ray")
+    lines = ["| | seconds | vectors/s | peak memory of a worker |", "| --- | ---: | ---: | ---: |"]
+    for name, row in results["runs"].items():
+        peak = max(row["workers_peak_memory"], default=row["peak_memory"])
+        lines.append(f"| {name} | {row['seconds']:.0f} | {row['vectors_per_second']:,.0f} | {size(peak)} |")
+    return "\n".join(lines)
+
+
 def duration(seconds: float) -> str:
     """Seconds, minutes, hours or days."""
     for unit, length in (("days", DAY), ("h", 3600), ("min", 60)):
