@@ -6,6 +6,7 @@ import shutil
 import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import index_workers
@@ -16,6 +17,7 @@ from index_workers import MODEL, text_of, vector_of
 
 from rqmoe_hf import RQMoEModel
 from rqmoe_hf.index import Document, RQMoEIndex, verify
+from rqmoe_hf.index.documents import State
 from rqmoe_hf.index.storage import DATABASE, LOCK, MANIFEST
 
 KILLS = int(os.environ.get("INDEX_KILLS", "6"))
@@ -447,3 +449,23 @@ def test_an_experts_snapshot_brings_its_tables(tmp_path, clustered):
 
 def test_sizes(filled):
     assert (filled / DATABASE).stat().st_size < 400 * (3 + 2 * SIZE + 40) + 100_000
+
+
+@pytest.mark.parametrize(
+    ("damage", "count"),
+    [
+        ("DELETE FROM vectors WHERE row > 15", 20),
+        ("DELETE FROM vectors", 20),
+        ("UPDATE state SET value = 0 WHERE name = 'count'", 0),
+    ],
+)
+def test_a_state_that_counts_other_rows_than_there_are_is_refused(damage, count, tmp_path, clustered, monkeypatch):
+    monkeypatch.setattr(State, "checksum", 7)  # so that the count alone can be changed
+    with RQMoEIndex(MODEL, tmp_path / "index", metric="l2") as index:
+        index.add(clustered[:20], metadata=[{"n": number} for number in range(20)])
+        with closing(sqlite3.connect(tmp_path / "index" / DATABASE)) as connection:
+            connection.execute(damage)
+            connection.commit()
+        settings = {"rescore": "tables", "shortlist": 5, "filter": {"n": {"$gte": 0}} if not count else None}
+        with pytest.raises(ValueError, match=f"{DATABASE} is damaged: its state counts {count} rows"):
+            index.search(clustered[:1], 3, **settings)

@@ -195,7 +195,10 @@ class Ranker(Rescorer):
             sizes = sizes_of(self.steps, self.quantizer.config.code_sizes)
             return Scanner(replace(self.shared), bytes_per_vector(self.steps, sizes), self.scanned)
         lists = self._lists(state)
-        rows = self.database.rows_at(sample_places(state.count, lists))
+        places = sample_places(state.count, lists)
+        rows = self.database.rows_at(places)
+        if not len(places) or len(rows) != len(places):
+            raise DamagedRowsError(f"its state counts {state.count} rows, and there are others or fewer")
         codes = codes_array(list(self.database.codes_of(rows).values()))
         try:
             return fit_scanner(self.quantizer, codes, self.steps, self.scanned, lists)
