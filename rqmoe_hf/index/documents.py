@@ -140,7 +140,7 @@ class Database:
         run = self._connection.execute
         self._connection.create_function("casefold", 1, _casefold, deterministic=True)
         run("PRAGMA trusted_schema = OFF")
-        run("PRAGMA cell_size_check = OFF")  # see [`writing`]
+        run("PRAGMA cell_size_check = OFF")  # see [`_checked_pages`]
         run(f"PRAGMA mmap_size = {MAPPED_BYTES}")
         run("PRAGMA synchronous = FULL")
         if create:

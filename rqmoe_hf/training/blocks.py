@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import faiss
 import numpy as np
 import torch
 
-from ..local_search_rqmoe import build_pair_tables, local_search
+from ..local_search_rqmoe import PairTables, build_pair_tables, local_search
 from .augmentation import NeighborJitter
 from .lsq import BATCH, train_lsq
 
@@ -31,9 +32,14 @@ class TrainedBlock:
     codebooks: list[np.ndarray]
     codes: np.ndarray
 
-    def __post_init__(self):
-        self._books = [torch.from_numpy(codebook) for codebook in self.codebooks]
-        self._pairs = build_pair_tables(self._books) if len(self._books) > 1 else None
+    @cached_property
+    def _books(self) -> list[torch.Tensor]:
+        return [torch.from_numpy(codebook) for codebook in self.codebooks]
+
+    @cached_property
+    def _pairs(self) -> PairTables | None:
+        """What the search needs; large, and of the last block never asked for."""
+        return build_pair_tables(self._books) if len(self._books) > 1 else None
 
     def leave(self, rows: np.ndarray, vectors: np.ndarray, number: int) -> np.ndarray:
         """What the block leaves of training vectors, or of vectors near them, float32 `(k, d)`.

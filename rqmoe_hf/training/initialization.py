@@ -48,9 +48,9 @@ def initialize(
     Args:
         model: A new model; its weights are overwritten.
         embeddings: Floating point `(n, hidden_size)`.
-        method: `"rq"`: Faiss's residual quantizer, any size. `"lsq"`: codebooks optimised together ([`train_lsq`];
-            block by block if the config has `search_blocks`),
-            better and slower; its tables grow with the square of num_codebooks * codebook_size.
+        method: `"rq"`: Faiss's residual quantizer, any size. `"lsq"`: codebooks optimised together, block
+            by block if the config has `search_blocks` ([`train_blocks`]), better and slower; its tables grow with the
+            square of num_codebooks * codebook_size.
         sample_size: Vectors that the residual quantizer trains on, or that a round of LSQ sees.
         beam_size: Beam of the residual quantizer in its training.
         seed: For the sample and the training.
