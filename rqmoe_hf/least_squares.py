@@ -25,24 +25,32 @@ class RunningFit:
         sizes: Codewords of each codebook.
         dimension: Of the vectors.
         dtype: Of the equations.
+        device: Of the equations, and of what is added to them.
 
     Raises:
         ValueError: If the equations would not fit into memory.
     """
 
-    def __init__(self, sizes: Sequence[int], dimension: int, dtype: torch.dtype = torch.float64):
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        dimension: int,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str = "cpu",
+    ):
         total = sum(sizes)
         if total > MAX_COLUMNS:
             raise ValueError(f"Codebooks of {list(sizes)} make {total} equations, more than {MAX_COLUMNS}.")
         self.sizes, self.starts = list(sizes), starts_of(sizes)
-        self.gram = torch.zeros(total, total, dtype=dtype)  # how often codewords occur together; lower triangle
-        self.sums = torch.zeros(total, dimension, dtype=dtype)  # of the vectors that have a codeword
+        # How often codewords occur together (the lower triangle), and the sum of the vectors that have a codeword.
+        self.gram = torch.zeros(total, total, dtype=dtype, device=device)
+        self.sums = torch.zeros(total, dimension, dtype=dtype, device=device)
 
-    def add(self, codes: np.ndarray, vectors: np.ndarray, keep: float = 1.0) -> None:
+    def add(self, codes: torch.Tensor, vectors: torch.Tensor, keep: float = 1.0) -> None:
         """Takes a round in.
 
         Args:
-            codes: Integers `(n, m)`.
+            codes: int64 `(n, m)`.
             vectors: float32 `(n, d)`, centred.
             keep: Weight of all that was added before.
         """
@@ -54,13 +62,13 @@ class RunningFit:
                 here = slice(self.starts[step], self.starts[step] + size)
                 there = slice(self.starts[other], self.starts[other] + self.sizes[other])
                 self.gram[here, there] += _counts_of_pairs(codes[:, step], codes[:, other], size, self.sizes[other])
-        rows = torch.from_numpy(codes.astype(np.int64) + self.starts)
+        rows = codes + torch.from_numpy(self.starts).to(codes.device)
         for start in range(0, len(rows), BATCH):
-            batch = torch.from_numpy(vectors[start : start + BATCH]).to(self.sums.dtype)
+            batch = vectors[start : start + BATCH].to(self.sums.dtype)
             for column in rows[start : start + BATCH].T:
                 self.sums.index_add_(0, column, batch)
 
-    def solve(self, ridge: float) -> np.ndarray:
+    def solve(self, ridge: float) -> torch.Tensor:
         """The codewords, float32 `(T, d)`.
 
         Args:
@@ -70,15 +78,16 @@ class RunningFit:
         matrix.diagonal().add_(ridge)
         factor = torch.linalg.cholesky(matrix)  # reads the lower triangle only
         del matrix
-        return torch.cholesky_solve(self.sums, factor).float().numpy()
+        return torch.cholesky_solve(self.sums, factor).float()
 
     def state(self) -> dict[str, np.ndarray]:
         """What it has taken in, to be restored from."""
-        return {"gram": self.gram.numpy(), "sums": self.sums.numpy()}
+        return {"gram": self.gram.cpu().numpy(), "sums": self.sums.cpu().numpy()}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Continues from a state."""
-        self.gram, self.sums = torch.from_numpy(state["gram"]), torch.from_numpy(state["sums"])
+        device = self.sums.device
+        self.gram, self.sums = (torch.from_numpy(state[name]).to(device) for name in ("gram", "sums"))
 
 
 class RecentFit:
@@ -87,38 +96,44 @@ class RecentFit:
     Args:
         sizes: Codewords of each codebook.
         dimension: Of the vectors.
+        device: Of the codewords, and of what is added.
     """
 
-    def __init__(self, sizes: Sequence[int], dimension: int):
+    def __init__(self, sizes: Sequence[int], dimension: int, device: torch.device | str = "cpu"):
         self.sizes = list(sizes)
-        self.codewords = np.zeros((sum(sizes), dimension), np.float32)
-        self.rounds: list[tuple[np.ndarray, np.ndarray, float]] = []  # codes, vectors and their weight
+        self.codewords = torch.zeros(sum(sizes), dimension, device=device)
+        self.rounds: list[tuple[torch.Tensor, torch.Tensor, float]] = []  # codes, vectors and their weight
 
-    def add(self, codes: np.ndarray, vectors: np.ndarray, keep: float = 1.0) -> None:
+    def add(self, codes: torch.Tensor, vectors: torch.Tensor, keep: float = 1.0) -> None:
         """See [`RunningFit.add`]."""
         older = [(old, seen, weight * keep) for old, seen, weight in self.rounds[1 - WINDOW :]]
-        self.rounds = [*older, (codes.astype(np.uint16), vectors, 1.0)]
+        self.rounds = [*older, (codes, vectors, 1.0)]
 
-    def solve(self, ridge: float) -> np.ndarray:
+    def solve(self, ridge: float) -> torch.Tensor:
         """Codewords that are closer to those of [`RunningFit.solve`] than the last ones were."""
-        codes, vectors = (np.concatenate([round[part] for round in self.rounds]) for part in (0, 1))
-        weights = np.concatenate([np.full(len(codes), weight, np.float32) for codes, _, weight in self.rounds])
+        codes, vectors = self._all()
+        weights = torch.cat([torch.full_like(seen[:, 0], weight) for _, seen, weight in self.rounds])
         self.codewords = improve_codewords(self.codewords, codes, vectors, self.sizes, ridge, weights=weights)
         return self.codewords
 
+    def _all(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.cat([codes for codes, _, _ in self.rounds]), torch.cat([vectors for _, vectors, _ in self.rounds])
+
     def state(self) -> dict[str, np.ndarray]:
         """See [`RunningFit.state`]."""
-        codes, vectors = (np.concatenate([round[part] for round in self.rounds]) for part in (0, 1))
+        codes, vectors = (part.cpu().numpy() for part in self._all())
         lengths, weights = [len(codes) for codes, *_ in self.rounds], [weight for *_, weight in self.rounds]
-        parts = {"codes": codes, "vectors": vectors, "lengths": np.array(lengths), "weights": np.array(weights)}
-        return parts | {"codewords": self.codewords}
+        parts = {"codes": codes.astype(np.uint16), "vectors": vectors}
+        parts |= {"lengths": np.array(lengths), "weights": np.array(weights)}
+        return parts | {"codewords": self.codewords.cpu().numpy()}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """See [`RunningFit.restore`]."""
-        ends = np.cumsum(state["lengths"])[:-1]
-        codes, vectors = (np.split(state[part], ends) for part in ("codes", "vectors"))
+        device, ends = self.codewords.device, np.cumsum(state["lengths"])[:-1]
+        codes = [torch.from_numpy(part.astype(np.int64)).to(device) for part in np.split(state["codes"], ends)]
+        vectors = [torch.from_numpy(part).to(device) for part in np.split(state["vectors"], ends)]
         self.rounds = list(zip(codes, vectors, state["weights"].tolist(), strict=True))
-        self.codewords = state["codewords"]
+        self.codewords = torch.from_numpy(state["codewords"]).to(device)
 
 
 def solve_codewords(codes: np.ndarray, vectors: np.ndarray, sizes: Sequence[int], ridge: float) -> np.ndarray:
@@ -134,8 +149,8 @@ def solve_codewords(codes: np.ndarray, vectors: np.ndarray, sizes: Sequence[int]
         ValueError: If the equations would not fit into memory.
     """
     fit = RunningFit(sizes, vectors.shape[1])
-    fit.add(codes, vectors)
-    return fit.solve(ridge)
+    fit.add(torch.from_numpy(codes.astype(np.int64)), torch.from_numpy(vectors))
+    return fit.solve(ridge).numpy()
 
 
 def starts_of(sizes: Sequence[int]) -> np.ndarray:
@@ -143,21 +158,20 @@ def starts_of(sizes: Sequence[int]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
 
 
-def _counts_of_pairs(first: np.ndarray, second: np.ndarray, rows: int, columns: int) -> torch.Tensor:
-    """How often two codewords of two steps occur together, float64 `(rows, columns)`."""
-    pairs = first.astype(np.int64) * columns + second
-    return torch.from_numpy(np.bincount(pairs, minlength=rows * columns).reshape(rows, columns)).double()
+def _counts_of_pairs(first: torch.Tensor, second: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """How often two codewords of two steps occur together, int64 `(rows, columns)`."""
+    return torch.bincount(first * columns + second, minlength=rows * columns).view(rows, columns)
 
 
 def improve_codewords(
-    codewords: np.ndarray,
-    codes: np.ndarray,
-    vectors: np.ndarray,
+    codewords: torch.Tensor,
+    codes: torch.Tensor,
+    vectors: torch.Tensor,
     sizes: Sequence[int],
     ridge: float,
     iterations: int = 12,
-    weights: np.ndarray | None = None,
-) -> np.ndarray:
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Steps towards the codewords of [`solve_codewords`], for codebooks that are too large to solve for.
 
     Conjugate gradients on the normal equations, preconditioned by how often each codeword occurs. They never form the
@@ -166,7 +180,7 @@ def improve_codewords(
 
     Args:
         codewords: float32 `(sum of sizes, d)`, where to start.
-        codes: Integers `(n, m)`.
+        codes: int64 `(n, m)`.
         vectors: float32 `(n, d)`, centred.
         sizes: Codebook size of each step.
         ridge: Weight of the squared entries, in units of vectors.
@@ -176,11 +190,11 @@ def improve_codewords(
     Returns:
         float32 `(sum of sizes, d)`.
     """
-    rows = torch.from_numpy(codes.astype(np.int64) + starts_of(sizes))
+    rows = codes + torch.from_numpy(starts_of(sizes)).to(codes.device)
     counts = torch.bincount(rows.flatten(), minlength=len(codewords))
     owners = rows.T.flatten().argsort(stable=True) % len(rows)  # the vectors that have each codeword
     begins = counts.cumsum(0) - counts
-    share = torch.ones(len(rows), 1) if weights is None else torch.from_numpy(weights)[:, None]
+    share = torch.ones_like(vectors[:, :1]) if weights is None else weights[:, None]
 
     def restore(values: torch.Tensor) -> torch.Tensor:  # B values
         return F.embedding_bag(rows, values, mode="sum")
@@ -189,10 +203,10 @@ def improve_codewords(
         return F.embedding_bag(owners, share * values, begins, mode="sum")
 
     scales = collect(torch.ones_like(share)) + ridge
-    improved = np.empty_like(codewords)
+    improved = torch.empty_like(codewords)
     for start in range(0, codewords.shape[1], COLUMNS):
         block = slice(start, start + COLUMNS)
-        current, target = (torch.from_numpy(array[:, block].copy()) for array in (codewords, vectors))
+        current, target = (values[:, block].clone() for values in (codewords, vectors))
         residual = collect(target - restore(current)) - ridge * current
         scaled = residual / scales
         direction, size = scaled.clone(), (residual * scaled).sum(dim=0)
@@ -204,5 +218,5 @@ def improve_codewords(
             scaled = residual / scales
             before, size = size, (residual * scaled).sum(dim=0)
             direction = scaled + (size / before.clamp(min=1e-30)) * direction
-        improved[:, block] = current.numpy()
+        improved[:, block] = current
     return improved

@@ -42,7 +42,7 @@ class PairTables:
 
     def step(self, number: int) -> slice:
         """Columns of a step."""
-        start = int(self.starts[number])
+        start = sum(self.sizes[:number])  # not of `starts`: asking a device for it would wait for the device
         return slice(start, start + self.sizes[number])
 
 
@@ -187,7 +187,7 @@ def _replace_some(
     rows = rows.clone()
     if number:
         for step in order[-min(steps - 1, 1 + number % 3) :]:
-            size, start = pairs.sizes[step], pairs.starts[step]
+            size, start = pairs.sizes[step], pairs.step(step).start
             shift = int(torch.randint(1, size, (), generator=generator))
             rows[:, step] = (rows[:, step] - start + shift) % size + start
     return rows, order
@@ -198,8 +198,9 @@ def _choose_again(rows: torch.Tensor, scores: torch.Tensor, order: list[int], pa
     for step in order:
         others = torch.cat([rows[:, :step], rows[:, step + 1 :]], dim=1)
         energy = F.embedding_bag(others, pairs.products[step], mode="sum")
-        energy += scores[:, pairs.step(step)]
-        rows[:, step] = _smallest(energy) + pairs.starts[step]
+        columns = pairs.step(step)
+        energy += scores[:, columns]
+        rows[:, step] = _smallest(energy) + columns.start
 
 
 def _smallest(values: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from rqmoe_hf.training import augmentation
 from rqmoe_hf.training.augmentation import NeighborJitter
@@ -19,11 +20,18 @@ def test_neighbours_are_the_nearest_others(clustered):
     assert [set(row) for row in found] == true_neighbors(vectors, 7)
 
 
+def test_neighbours_that_a_device_looks_for_are_the_same(clustered, monkeypatch):
+    vectors = clustered[:400]
+    monkeypatch.setattr(augmentation, "DISTANCES", 20_000)  # in blocks of 50 vectors
+    found = augmentation._others(augmentation._nearest_on_device(torch.from_numpy(vectors), 8, False))
+    assert [set(row) for row in found] == true_neighbors(vectors, 7)
+
+
 def test_vectors_move_by_the_difference_of_two_neighbours(clustered):
     vectors = clustered[:60]
     jitter = NeighborJitter(vectors, center=np.full(16, 3.0), neighbors=4)
     rows = np.arange(60)
-    drawn = jitter.draw(rows, 4.0, np.random.default_rng(0))
+    drawn = jitter.draw(rows, 4.0, np.random.default_rng(0)).numpy()
     first, second = (jitter.neighbors[rows, place] for place in np.random.default_rng(0).integers(4, size=(2, 60)))
     strength = 2 / np.square(vectors[first] - vectors[second]).sum(-1).mean() ** 0.5
     for row, near in zip(rows, true_neighbors(vectors, 4), strict=True):

@@ -159,8 +159,8 @@ def test_conjugate_gradients_reach_least_squares(centred):
     codes = dependent_codes(len(centred), sizes, 3)
     expected = weighted_solution(codes, centred, sizes, 5.0)
     np.testing.assert_allclose(solve_codewords(codes, centred, sizes, 5.0), expected, atol=1e-3)
-    start = np.zeros((49, 16), np.float32)
-    np.testing.assert_allclose(improve_codewords(start, codes, centred, sizes, 5.0, 60), expected, atol=1e-3)
+    given = torch.zeros(49, 16), torch.from_numpy(codes), torch.from_numpy(centred)
+    np.testing.assert_allclose(improve_codewords(*given, sizes, 5.0, 60), expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", [RunningFit, partial(RunningFit, dtype=torch.float32), RecentFit])
@@ -170,7 +170,7 @@ def test_fits_to_several_rounds_weigh_older_ones_less(centred, kind):
     vectors = centred[: rounds * size].reshape(rounds, size, 16)
     codes = [dependent_codes(size, sizes, seed) for seed in range(rounds)]
     for part, own in zip(vectors, codes, strict=True):
-        fit.add(own, part, 0.6)
+        fit.add(torch.from_numpy(own), torch.from_numpy(part), 0.6)
     weights = np.repeat([0.36, 0.6, 1.0], size)
     expected = weighted_solution(np.concatenate(codes), vectors.reshape(-1, 16), sizes, 5.0, weights)
     again = kind(sizes, 16)
@@ -184,10 +184,11 @@ def test_fits_to_several_rounds_weigh_older_ones_less(centred, kind):
 def test_recent_fit_forgets_what_is_older_than_its_window(centred):
     sizes = [30, 7, 12]
     fits = RecentFit(sizes, 16), RecentFit(sizes, 16)
-    fits[0].add(dependent_codes(500, sizes, 9), centred[:500] + 100)
+    vectors = torch.from_numpy(centred[:500])
+    fits[0].add(torch.from_numpy(dependent_codes(500, sizes, 9)), vectors + 100)
     for seed in range(WINDOW):
         for fit in fits:
-            fit.add(dependent_codes(500, sizes, seed), centred[:500], 0.6)
+            fit.add(torch.from_numpy(dependent_codes(500, sizes, seed)), vectors, 0.6)
     np.testing.assert_array_equal(fits[0].solve(1.0), fits[1].solve(1.0))
 
 

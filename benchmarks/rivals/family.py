@@ -115,11 +115,16 @@ class FamilyMember:
         return self.model.decompress(codes, show_progress_bar=False)
 
 
+def best_device() -> torch.device:
+    """A GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def seconds_per_batch(config: RQMoEConfig, vectors: np.ndarray, batch_size: int) -> float:
     """Time of one training step, the second of two, without the optimizer's few operations per weight."""
     # Any codebooks will do for the time, so few vectors and a beam of one.
     model = initialize(RQMoEModel(config), vectors[: 8 * config.codebook_size], beam_size=1)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = best_device()
     model = model.to(device).train()
     batch = torch.from_numpy(np.array(vectors[:batch_size], np.float32)).to(device)
     seconds = 0.0
@@ -150,7 +155,8 @@ class OursAdditive:
         self.code_bits, self.codebook_bytes = 8 * size, 4 * dimension * sum(sizes)
         settings = {"num_codebooks": len(sizes), "codebook_size": max(sizes), "local_search": LOCAL_SEARCH}
         settings |= {"search_blocks": [len(block) for block in blocks]} if len(blocks) > 1 else {}
-        self.model = RQMoEModel(RQMoEConfig.additive(hidden_size=dimension, codebook_sizes=sizes, **settings))
+        config = RQMoEConfig.additive(hidden_size=dimension, codebook_sizes=sizes, **settings)
+        self.model = RQMoEModel(config).to(best_device())
 
     def train(self, vectors: np.ndarray) -> None:
         """See [`Quantizer.train`]."""
@@ -176,7 +182,7 @@ class Ours:
         name, separator, codes = given.rpartition(":")
         if not separator or not codes.isdigit():
             name, codes = given, ""
-        self.model = load_quantizer(name)
+        self.model = load_quantizer(name).to(best_device())
         self.source = Path(quantizer_source(name))
         self.codes = int(codes or self.model.config.num_codebooks)
         if not 1 <= self.codes <= self.model.config.num_codebooks:

@@ -1,6 +1,7 @@
 """The vectors whose sums stand for codes in a scan: codebooks where these add up, otherwise fitted to codes."""
 
 import numpy as np
+import torch
 
 from ..additive import mean_contributions
 from ..codes import bits_per_code, sizes_of, unpack_codes
@@ -32,7 +33,8 @@ def fit_codewords(quantizer: RQMoEModel, packed: np.ndarray, steps: int) -> list
     target = quantizer.decompress(packed, steps, show_progress_bar=False) - mean
     # The ridge draws towards the mean contributions, which are what rare codewords keep.
     offset = sum(rows[codes[:, step] + first] for step, first in enumerate(starts_of(sizes)))
-    rows += improve_codewords(np.zeros_like(rows), codes, target - offset, sizes, RIDGE)
+    given = torch.from_numpy(codes.astype(np.int64)), torch.from_numpy(target - offset)
+    rows += improve_codewords(torch.zeros(rows.shape), *given, sizes, RIDGE).numpy()
     padded = np.zeros((steps, max(sizes), rows.shape[1]), np.float32)
     for step, first in enumerate(starts_of(sizes)):
         padded[step, : sizes[step]] = rows[first : first + sizes[step]]

@@ -18,13 +18,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ..least_squares import MAX_COLUMNS, RecentFit, RunningFit, starts_of
 from ..local_search_rqmoe import build_pair_tables, local_search
 from .augmentation import NeighborJitter
 
-BATCH = 2048
+BATCH, DEVICE_BATCH = 2048, 32_768  # vectors that are searched at a time
 BATCH_SIZE = 65_536
 FINAL_ROUNDS = 10
 TEMPERATURE = 1.0
@@ -41,7 +42,7 @@ class EarlierCodebooks(Protocol):
         """Differs for different codebooks."""
         ...
 
-    def leave(self, rows: np.ndarray, vectors: np.ndarray, number: int) -> np.ndarray:
+    def leave(self, rows: np.ndarray, vectors: torch.Tensor, number: int) -> torch.Tensor:
         """What they leave of training vectors `rows`, or of `vectors` near them, in a round."""
         ...
 
@@ -61,6 +62,7 @@ def train_lsq(
     keep: tuple[float, float] = (0.6, 0.9),
     source: NeighborJitter | None = None,
     earlier: EarlierCodebooks | None = None,
+    device: torch.device | str = "cpu",
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Trains codebooks whose sums approximate the vectors.
 
@@ -82,6 +84,7 @@ def train_lsq(
         keep: Weight of all older rounds in the fit to the next, during the annealing and in the final rounds.
         source: Of the moved vectors; default one of these vectors, as if nothing had been subtracted from them.
         earlier: Codebooks that come before these. What they leave of the vectors is what these are trained on.
+        device: Where to train. The codebooks differ between devices, and on GPUs a little between runs.
 
     Returns:
         Codebooks, float32 `(K_m, d)` each, and codes of the vectors, int64 `(n, M)`, of the last round that saw them.
@@ -91,9 +94,9 @@ def train_lsq(
     jitter = min(MAX_JITTER, JITTER * sum(sizes) / len(vectors)) if jitter is None else jitter
     run = [*vectors.shape, rounds, final_rounds, search_rounds, size, seed, temperature, jitter, *keep, *sizes]
     run += [] if earlier is None else [earlier.checksum]
-    state = _State(sizes, vectors.shape, seed)
+    state = _State(sizes, vectors.shape, seed, torch.device(device))
     state.restore(checkpoint, run)
-    source = source or NeighborJitter(vectors, show_progress_bar=show_progress_bar)
+    source = source or NeighborJitter(vectors, show_progress_bar=show_progress_bar, device=device)
     total = rounds + final_rounds
     bar = tqdm(total=total, initial=state.done, desc="LSQ", unit="round", disable=not show_progress_bar)
     for number in range(state.done, total):
@@ -101,14 +104,15 @@ def train_lsq(
         batch = source.draw(rows, jitter * state.error, np.random.default_rng([seed, number, 0]))
         if earlier is not None:
             batch = earlier.leave(rows, batch, number)
+        before = state.codes_of(rows)
         if not number:
-            state.deviation = batch.std(axis=0)
-            state.fit.add(state.codes[rows], batch)
+            state.deviation = batch.std(dim=0, correction=0)
+            state.fit.add(before, batch)
             state.codewords = state.fit.solve(1.0)
         noise = temperature * _cooling(number, rounds) / len(sizes) * state.deviation
-        perturbed = _perturb(state.codewords, noise, np.random.default_rng([seed, number, 1]))
-        codes = _improve(state.codes[rows], batch, _split(perturbed, sizes), search_rounds, number)
-        state.codes[rows] = codes
+        perturbed = _perturb(state.codewords, noise, [seed, number, 1])
+        codes = _improve(before, batch, perturbed.split(sizes), search_rounds, number)
+        state.codes[rows] = codes.cpu().numpy()
         state.error = _error(codes, batch, state.codewords, sizes)
         state.fit.add(codes, batch, keep[number >= rounds])
         state.codewords = state.fit.solve(_ridge(state.error, state.codewords))
@@ -117,20 +121,30 @@ def train_lsq(
         bar.set_postfix(error=f"{state.error:.4g}")
         bar.update()
     bar.close()
-    return [part.numpy() for part in _split(state.codewords, sizes)], state.codes.astype(np.int64)
+    return [part.numpy() for part in state.codewords.cpu().split(sizes)], state.codes.astype(np.int64)
+
+
+def batch_rows(device: torch.device) -> int:
+    """Vectors that are searched at a time on a device."""
+    return BATCH if device.type == "cpu" else DEVICE_BATCH
 
 
 class _State:
     """What a run is after some rounds: codes, codewords, and the fit that they come from."""
 
-    def __init__(self, sizes: list[int], shape: tuple[int, ...], seed: int):
+    def __init__(self, sizes: list[int], shape: tuple[int, ...], seed: int, device: torch.device):
         self.done, self.error, total = 0, 0.0, sum(sizes)
         self.codes = np.random.default_rng(seed).integers(sizes, size=(shape[0], len(sizes))).astype(np.uint16)
-        self.codewords = np.zeros((total, shape[1]), np.float32)
-        self.deviation = np.zeros(shape[1], np.float32)  # of what is quantized, before it is
+        self.codewords = torch.zeros(total, shape[1], device=device)
+        self.deviation = torch.zeros(shape[1], device=device)  # of what is quantized, before it is
         kind = torch.float64 if total <= DOUBLE_COLUMNS else torch.float32
-        self.fit = RunningFit(sizes, shape[1], kind) if total <= MAX_COLUMNS else RecentFit(sizes, shape[1])
+        solvable = total <= MAX_COLUMNS
+        self.fit = RunningFit(sizes, shape[1], kind, device) if solvable else RecentFit(sizes, shape[1], device)
         self.saved, self.saving = time.perf_counter(), 0.0  # when a checkpoint was written, and how long it took
+
+    def codes_of(self, rows: np.ndarray) -> torch.Tensor:
+        """Codes of some vectors, int64 `(k, M)` on the device."""
+        return torch.from_numpy(self.codes[rows].astype(np.int64)).to(self.codewords.device)
 
     def restore(self, file: Path | None, run: list[float]) -> None:
         """Continues from a file, if there is one of this run."""
@@ -138,9 +152,9 @@ class _State:
             return
         with np.load(file, allow_pickle=False) as saved:
             if saved["run"].tolist() == run:
-                self.done, self.error = int(saved["done"]), float(saved["error"])
-                self.codes, self.codewords = saved["codes"], saved["codewords"]
-                self.deviation = saved["deviation"]
+                self.done, self.error, self.codes = int(saved["done"]), float(saved["error"]), saved["codes"]
+                self.codewords = torch.from_numpy(saved["codewords"]).to(self.codewords.device)
+                self.deviation = torch.from_numpy(saved["deviation"]).to(self.codewords.device)
                 self.fit.restore({name[4:]: saved[name] for name in saved.files if name.startswith("fit_")})
 
     def keep(self, file: Path | None, run: list[float], last: bool) -> None:
@@ -152,14 +166,11 @@ class _State:
         scratch = file.with_suffix(".tmp.npz")
         fit = {f"fit_{name}": value for name, value in self.fit.state().items()}
         parts: dict[str, Any] = {"run": run, "done": self.done, "error": self.error, **fit}
-        np.savez(scratch, codes=self.codes, codewords=self.codewords, deviation=self.deviation, **parts)
+        parts |= {"codewords": self.codewords.cpu().numpy(), "deviation": self.deviation.cpu().numpy()}
+        np.savez(scratch, codes=self.codes, **parts)
         os.replace(scratch, file)
         self.saved = time.perf_counter()
         self.saving = self.saved - start
-
-
-def _split(codewords: np.ndarray, sizes: list[int]) -> list[torch.Tensor]:
-    return list(torch.from_numpy(codewords).split(sizes))
 
 
 def _batch(number: int, size: int, count: int, seed: int) -> np.ndarray:
@@ -178,38 +189,43 @@ def _cooling(number: int, rounds: int) -> float:
     return max(0.0, 1 - (number + 1) / rounds) ** 0.5 if rounds else 0.0
 
 
-def _perturb(codewords: np.ndarray, deviation: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+def _perturb(codewords: torch.Tensor, deviation: torch.Tensor, seed: list[int]) -> torch.Tensor:
     if not deviation.any():
         return codewords
-    return codewords + generator.standard_normal(codewords.shape, dtype=np.float32) * deviation
+    generator = np.random.default_rng(seed)
+    if codewords.device.type == "cpu":
+        normal = torch.from_numpy(generator.standard_normal(codewords.shape, dtype=np.float32))
+    else:  # which draws them much faster
+        drawn = torch.Generator(codewords.device).manual_seed(int(generator.integers(1 << 62)))
+        normal = torch.randn(codewords.shape, generator=drawn, device=codewords.device)
+    return torch.addcmul(codewords, normal, deviation)
 
 
-def _error(codes: np.ndarray, vectors: np.ndarray, codewords: np.ndarray, sizes: list[int]) -> float:
+def _error(codes: torch.Tensor, vectors: torch.Tensor, codewords: torch.Tensor, sizes: list[int]) -> float:
     """Mean squared error of some of the vectors, by codewords that are not perturbed."""
     some = slice(0, 8 * BATCH)
-    restored = codewords[codes[some] + starts_of(sizes)].sum(axis=1)
-    return float(np.square(vectors[some] - restored).sum(axis=1).mean())
+    rows = codes[some] + torch.from_numpy(starts_of(sizes)).to(codes.device)
+    restored = F.embedding_bag(rows, codewords, mode="sum")
+    return float((vectors[some] - restored).square().sum(dim=1).mean())
 
 
-def _ridge(error: float, codewords: np.ndarray) -> float:
+def _ridge(error: float, codewords: torch.Tensor) -> float:
     """The ridge that fits the present codewords' energy and the present error.
 
     With it the fit is the posterior mean of codewords that are Gaussian with this energy, of vectors with Gaussian
     errors.
     """
-    energy = np.square(codewords).sum(axis=1).mean()
-    return float(np.clip(error / energy, 1e-2, 30)) if energy > 0 else 1.0
+    energy = float(codewords.square().sum(dim=1).mean())
+    return min(max(error / energy, 1e-2), 30.0) if energy > 0 else 1.0
 
 
 def _improve(
-    codes: np.ndarray, vectors: np.ndarray, codebooks: list[torch.Tensor], search_rounds: int, number: int
-) -> np.ndarray:
+    codes: torch.Tensor, vectors: torch.Tensor, codebooks: Sequence[torch.Tensor], search_rounds: int, number: int
+) -> torch.Tensor:
     """Local search from the given codes."""
-    pairs = build_pair_tables(codebooks)
-    found = np.empty_like(codes)
-    for start in range(0, len(codes), BATCH):
-        part = slice(start, start + BATCH)
-        target, before = torch.from_numpy(vectors[part]), torch.from_numpy(codes[part].astype(np.int64))
-        better = local_search(target, before, pairs, search_rounds, batch_invariant=False, first_round=number)[0]
-        found[part] = better.numpy()
-    return found
+    pairs, size = build_pair_tables(codebooks), batch_rows(vectors.device)
+    found = [
+        local_search(target, before, pairs, search_rounds, batch_invariant=False, first_round=number)[0]
+        for target, before in zip(vectors.split(size), codes.split(size), strict=True)
+    ]
+    return torch.cat(found)

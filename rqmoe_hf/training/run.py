@@ -124,6 +124,8 @@ def _start(
 ) -> None:
     """Initialises a new quantizer, and keeps what it starts from beside the checkpoints if training goes on."""
     folder = Path(str(args.output_dir))
+    if args.device.type == "cuda":
+        torch.nn.Module.to(quantizer, args.device)
     sample = sample_array(dataset, max(LSQ_ROWS if method == "lsq" else STATISTICS_ROWS, sample_size), args.seed)
     settings = (method, sample_size, beam_size, args.seed, folder / LSQ_FILE)
     rounds, temperature = annealing
