@@ -1,10 +1,12 @@
 """Speed of the engine against the algorithm as published, on trained weights, in one run.
 
     python benchmarks/engine.py --train data/minilm-384/train --test data/minilm-384/test
+    python benchmarks/engine.py --device cuda --settings "d=384, 8x256" "QINCo, d=384, 8x256, 16 layers"
 
 Each setting is trained on 44,000 vectors, then encoded and decoded by the engine in float32 and bfloat16 and by
 `plain.py`, which evaluates all codewords with all experts. The 768-dimensional vectors are pairs of 384-dimensional
-ones, side by side. Run it on a quiet machine: every figure is a median, and only ratios within the run count.
+ones, side by side. Run it on a quiet machine: every figure is a median, and only ratios within the run count. On a GPU
+there are more vectors, so that it has enough to do, and the results are another file's.
 """
 
 import argparse
@@ -16,7 +18,7 @@ import environment
 import numpy as np
 import torch
 from plain import PlainRQMoE
-from timing import median_seconds
+from timing import clock, median_seconds
 
 from rqmoe_hf import RQMoEConfig, RQMoEModel
 from rqmoe_hf.data import as_array, load_embeddings
@@ -35,17 +37,24 @@ SETTINGS = {
 }
 TRAINING_VECTORS = 44_000
 ERROR_VECTORS = 1_024  # held out, the same in every setting of one dimension, so that their errors compare
+TEST_VECTORS = {"cpu": 8_192, "cuda": 65_536}  # a test set with fewer is repeated
+PLAIN_CODEWORDS = {"cpu": 65_536, "cuda": 1 << 20}  # evaluated by the plain algorithm in one call
+BATCH_SIZES = {"cpu": 512, "cuda": 1_024}  # of the training
+CPU_VECTORS = 2_000  # whose codes on the GPU are compared with those on the processor
 
 
-def train(config: RQMoEConfig, vectors: np.ndarray, epochs: float, folder: Path) -> tuple[RQMoEModel, float]:
+def train(
+    config: RQMoEConfig, vectors: np.ndarray, epochs: float, folder: Path, device: str
+) -> tuple[RQMoEModel, float]:
     """Initialises and trains one setting; returns the model and the vectors per second of the training itself."""
     model = initialize(RQMoEModel(config), vectors, sample_size=20_000, beam_size=1)
     args = RQMoETrainingArguments(
         output_dir=str(folder),
         num_train_epochs=epochs,
-        per_device_train_batch_size=512,
+        per_device_train_batch_size=BATCH_SIZES[device],
         learning_rate=2e-3,
         bf16=True,
+        use_cpu=device == "cpu",
         eval_strategy="no",
         save_strategy="no",
         load_best_model_at_end=False,
@@ -58,14 +67,14 @@ def train(config: RQMoEConfig, vectors: np.ndarray, epochs: float, folder: Path)
 
 def plain_training_rate(model: RQMoEModel, plain: PlainRQMoE, batch: torch.Tensor) -> float:
     """Vectors per second of a training step as published: encode without shortcuts, then one gradient pass."""
-    start = time.perf_counter()
+    start = clock(batch.device)
     with torch.no_grad():
         codes, _ = plain.encode(batch)
     partial = model.contributions(codes).cumsum(dim=1)
     target = model._standardize(batch)
     model._loss(target, (target[:, None] - partial).square().sum(-1)).backward()
     model.zero_grad()
-    return len(batch) / (time.perf_counter() - start)
+    return len(batch) / (clock(batch.device) - start)
 
 
 def mse(vectors: torch.Tensor, restored: torch.Tensor) -> float:
@@ -75,11 +84,11 @@ def mse(vectors: torch.Tensor, restored: torch.Tensor) -> float:
 
 def measure(model: RQMoEModel, vectors: torch.Tensor, training_rate: float) -> dict:
     """All figures of one setting."""
-    config, plain = model.config, PlainRQMoE(model)
-    codewords = config.codebook_size * config.num_expert_layers
-    few = vectors[: max(8, min(128, 65_536 // codewords))]
+    config, plain, device = model.config, PlainRQMoE(model), vectors.device
+    most = PLAIN_CODEWORDS[device.type]
+    few = vectors[: max(8, min(most // 512, most // (config.codebook_size * config.num_expert_layers)))]
     with torch.no_grad():
-        plain_rate = len(few) / median_seconds(lambda: plain.encode(few), 3)
+        plain_rate = len(few) / median_seconds(lambda: plain.encode(few), 3, device)
         same = float((plain.encode(few)[0] == model.encode(few, exact=True, beam_size=1).codes).float().mean())
     some = vectors[:ERROR_VECTORS]
     exact = model.encode(some, exact=True, beam_size=1)
@@ -94,20 +103,26 @@ def measure(model: RQMoEModel, vectors: torch.Tensor, training_rate: float) -> d
     }
     with torch.no_grad():
         codes = model.encode(vectors, num_candidates=2, beam_size=1).codes
-        row["plain"]["decode_per_second"] = len(codes) / median_seconds(lambda: plain.decode(codes))
-    half = RQMoEModel(config).eval()
+        row["plain"]["decode_per_second"] = len(codes) / median_seconds(lambda: plain.decode(codes), device=device)
+    half = RQMoEModel(config).to(device).eval()
     half.load_state_dict(model.state_dict())
     half.experts.to(torch.bfloat16)
     if half.instructions is not None:
         half.instructions.data = half.instructions.data.to(torch.bfloat16)
     for dtype, engine in (("float32", model), ("bfloat16", half)):
-        row[f"decode_per_second_{dtype}"] = len(codes) / median_seconds(lambda engine=engine: engine.decode(codes))
+        row[f"decode_per_second_{dtype}"] = len(codes) / median_seconds(
+            lambda engine=engine: engine.decode(codes), device=device
+        )
         for candidates, beam in ((1, 1), (2, 1), (4, 1), (2, 4), (1, 8), (2, 8), (16, 8)):
             part = vectors[: max(512, len(vectors) // (candidates * beam))]
             search = {"num_candidates": candidates, "beam_size": beam}
-            seconds = median_seconds(lambda e=engine, p=part, s=search: e.encode(p, **s), 3)
+            seconds = median_seconds(lambda e=engine, p=part, s=search: e.encode(p, **s), 3, device)
             found = mse(some, engine.encode(some, **search).reconstruction)
             row["searches"].append({"dtype": dtype, **search, "encode_per_second": len(part) / seconds, "mse": found})
+    if device.type != "cpu":
+        some = vectors[:CPU_VECTORS]
+        found, same = model.encode(some).codes.cpu(), model.cpu().encode(some.cpu()).codes
+        row["codes_equal_to_cpu"] = float((found == same).float().mean())
     return row
 
 
@@ -156,23 +171,25 @@ def main() -> None:
     parser.add_argument("--test", default="data/minilm-384/test")
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS))
     parser.add_argument("--epochs", type=float, default=5.0)
+    parser.add_argument("--device", choices=list(TEST_VECTORS), default="cpu")
     arguments = parser.parse_args()
     train_set, test_set = (as_array(load_embeddings(source)) for source in (arguments.train, arguments.test))
-    results = environment.load("engine") | {"environment": environment.describe(), "epochs": arguments.epochs}
+    file = "engine" if arguments.device == "cpu" else f"engine-{arguments.device}"
+    results = environment.load(file) | {"environment": environment.describe(), "epochs": arguments.epochs}
     print(f"{torch.get_num_threads()} threads", flush=True)
     for name in arguments.settings:
         config = SETTINGS[name]
         pairs = config.hidden_size // train_set.shape[1]
         vectors = train_set[: TRAINING_VECTORS * pairs].reshape(-1, config.hidden_size)
-        held_out = test_set[: 8192 * pairs].reshape(-1, config.hidden_size)
+        held_out = np.resize(test_set, (TEST_VECTORS[arguments.device], config.hidden_size))
         with tempfile.TemporaryDirectory() as folder:
-            model, rate = train(config, vectors, arguments.epochs, Path(folder))
-        row = measure(model, torch.from_numpy(held_out.copy()), rate)
+            model, rate = train(config, vectors, arguments.epochs, Path(folder), arguments.device)
+        row = measure(model, torch.from_numpy(held_out).to(arguments.device), rate)
         row["ratios"] = summarize(row)
         results.setdefault("settings", {})[name] = row
         results["over_qinco"] = compare_with_qinco(results["settings"])
         print(name, row["ratios"], flush=True)
-        environment.save("engine", results)
+        environment.save(file, results)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ class PlainRQMoE:
 
     def _encode_chunk(self, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         config, books = self.config, self.model.codebooks
-        rows = torch.arange(len(target))
+        rows = torch.arange(len(target), device=target.device)
         first = torch.cdist(target, books[0]).argmin(dim=1)
         codes, reconstruction = [first], books[0][first]
         condition = self._first_condition(first)

@@ -176,7 +176,7 @@ def run(cells: list[Cell], data: EmbeddingSet, arguments: argparse.Namespace) ->
             continue
         if isinstance(quantizer, Ours):
             refresh_card(quantizer, data)
-        measured[key] = row | {"date": results["environment"]["date"]}
+        measured[key] = row | {name: results["environment"][name] for name in ("date", "processor", "cores", "gpu")}
         found = environment.load(file).get("cells", {})  # another run may have added cells meanwhile
         environment.save(file, results | {"cells": found | {key: measured[key]}})
         short = {name: round(value, 4) for name, value in row.items() if isinstance(value, float)}

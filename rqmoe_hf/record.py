@@ -161,6 +161,7 @@ def describe_machine() -> dict[str, Any]:
         "processor": processor,
         "bf16_instructions": "avx512_bf16" in flags or "amx_bf16" in flags,
         "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch_threads": torch.get_num_threads(),
         "faiss_threads": faiss.omp_get_max_threads(),
         "python": platform.python_version(),
