@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from .decoding_rqmoe import decode_codes
 from .encoding_rqmoe import CPU_CHUNK_BYTES, DEVICE_CHUNK_BYTES, Tables
+from .kernels_rqmoe import can_choose, choose_codes
 
 MAX_PAIRS = 1 << 30  # entries of the table of pairs: 2 GiB
 SWEEPS = 2  # times every code is chosen again, per round
@@ -196,11 +197,21 @@ def _replace_some(
 def _choose_again(rows: torch.Tensor, scores: torch.Tensor, order: list[int], pairs: PairTables) -> None:
     """Sets each code, in turn, to the best one given the others. In place."""
     for step in order:
+        columns, products = pairs.step(step), pairs.products[step]
+        if can_choose(rows, products.shape[1]):
+            choose_codes(rows, scores, products, step, columns, _width(products.shape[1]))
+            continue
         others = torch.cat([rows[:, :step], rows[:, step + 1 :]], dim=1)
-        energy = F.embedding_bag(others, pairs.products[step], mode="sum")
-        columns = pairs.step(step)
+        energy = F.embedding_bag(others, products, mode="sum")
         energy += scores[:, columns]
         rows[:, step] = _smallest(energy) + columns.start
+
+
+def _width(size: int) -> int:
+    """Columns among which the smallest of `size` energies is looked for first."""
+    while size > COLUMNS and size % 2 == 0:
+        size //= 2
+    return size
 
 
 def _smallest(values: torch.Tensor) -> torch.Tensor:
@@ -209,10 +220,10 @@ def _smallest(values: torch.Tensor) -> torch.Tensor:
     A minimum is found many times faster than its place. So each row is folded to the minima of some columns, and the
     place is looked for among these, and then in one column.
     """
-    minima = values
-    while minima.shape[1] > COLUMNS and minima.shape[1] % 2 == 0:
+    minima, width = values, _width(values.shape[1])
+    while minima.shape[1] > width:
         minima = torch.minimum(*minima.chunk(2, dim=1))
     column = minima.float().argmin(dim=1)
-    entries = values.unflatten(1, (-1, minima.shape[1]))
+    entries = values.unflatten(1, (-1, width))
     entries = entries.gather(2, column[:, None, None].expand(-1, entries.shape[1], 1))[..., 0]
-    return entries.float().argmin(dim=1) * minima.shape[1] + column
+    return entries.float().argmin(dim=1) * width + column
