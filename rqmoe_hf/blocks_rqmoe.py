@@ -37,6 +37,7 @@ def block_of(codebooks: torch.Tensor, config: RQMoEConfig, start: int | None) ->
     return codebooks[block, : max(sizes[block])], sizes[block]
 
 
+@torch.no_grad()
 def find_codes(
     target: torch.Tensor,
     tables_for: Callable[[torch.dtype, int], Tables],
