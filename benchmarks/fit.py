@@ -56,7 +56,7 @@ def main() -> None:
     """Measures every collection and writes results/fit.json after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", default="sentence-transformers/all-MiniLM-L6-v2")
-    parser.add_argument("--quantizer", default="minilm-384")
+    parser.add_argument("--quantizer", default="minilm-384-8-bytes")
     parser.add_argument("--data", type=Path, default=Path("data"))
     arguments = parser.parse_args()
     record = load_record(bundled_quantizers()[arguments.quantizer])
@@ -71,8 +71,8 @@ def main() -> None:
             "as bundled": load_quantizer(arguments.quantizer),
             "fine-tuned": trained(load_quantizer(arguments.quantizer), train, held_out, epochs=3),
         }
-        if len(train) >= 4_000:  # 15 bytes too; its small codebooks can be learned from few texts
-            config = RQMoEConfig(num_codebooks=15, intermediate_size=128, instruction_size=64, num_candidates=1)
+        if len(train) >= 4_000:  # as many bytes; small codebooks can be learned from few texts
+            config = RQMoEConfig(num_codebooks=8, intermediate_size=128, instruction_size=64, num_candidates=1)
             quantizers["trained anew"] = trained(config, train, held_out, epochs=5)
         row = {"texts": len(texts), "fit": fit.as_dict()}
         for label, quantizer in quantizers.items():

@@ -29,7 +29,7 @@ def main() -> None:
     """Measures every batch size and writes results/module.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", default="sentence-transformers/all-MiniLM-L6-v2")
-    parser.add_argument("--quantizer", default="minilm-384")
+    parser.add_argument("--quantizer", default="minilm-384-32-bytes")
     parser.add_argument("--passages", type=Path, default=Path("data/passages/test.parquet"))
     parser.add_argument("--texts", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)

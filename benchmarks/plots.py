@@ -36,7 +36,8 @@ def draw(name: str) -> None:
         size = [row["bytes"] for row in rows]
         panels[0].plot(size, [row["mse"] for row in rows], **style)
         panels[1].plot(size, [row["recall_10_at_10"] for row in rows], **style)
-        panels[2].plot([1e6 / row["encode_per_second"] for row in rows], [row["mse"] for row in rows], **style)
+        timed = [row for row in rows if row.get("gpu") is None]  # on processors
+        panels[2].plot([1e6 / row["encode_per_second"] for row in timed], [row["mse"] for row in timed], **style)
     for panel, title, across, up in (
         (panels[0], "rate and distortion", "bytes per vector", "squared error"),
         (panels[1], "recall", "bytes per vector", "recall@10"),
@@ -45,7 +46,7 @@ def draw(name: str) -> None:
         panel.set(title=title, xlabel=across, ylabel=up, xscale="log")
         panel.grid(alpha=0.3)
     for panel in panels[:2]:
-        ticks = sorted({row["bytes"] for rows in methods.values() for row in rows} - {15})
+        ticks = sorted({row["bytes"] for rows in methods.values() for row in rows})
         panel.set_xticks(ticks, [str(tick) for tick in ticks])
         panel.minorticks_off()
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
@@ -83,7 +84,7 @@ def draw_search(name: str) -> None:
             style = {"color": f"C{place % 10}", "marker": MARKERS[place % len(MARKERS)]}
             style |= {"label": shown.replace("*", ""), "linestyle": "-" if own else "--", "markersize": 5}
             style |= {"linewidth": 2.2 if own else 1}
-            size = 16 if built["bytes"] == 15 else built["bytes"]
+            size = built["bytes"]
             column = len(sizes) if size not in sizes or built["refinement_bytes"] > size else sizes.index(size)
             row[column].plot(*zip(*front, strict=True), **style)
         for panel, title in zip(row, titles, strict=True):

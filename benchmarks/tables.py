@@ -23,15 +23,15 @@ from rqmoe_hf.saving import write_text
 ROOT = Path(__file__).parent.parent
 FLOAT_BYTES = 4 * 384
 SEARCH_RECALL = 0.5
+COMPARED = 100_000  # training vectors of the methods that are trained in the benchmark
 
 
 def cells(name: str) -> list[dict]:
-    """The measured cells of a set, larger errors first; of cells that differ in training vectors only, the largest."""
+    """The cells of a set that are compared, larger errors first: trained on 100,000 vectors, or finished."""
     best: dict[tuple, dict] = {}
     for cell in environment.load(f"quality-{name}").get("cells", {}).values():
-        key = (cell["method"], cell["bytes"])
-        if key not in best or (cell["training_vectors"] or 0) >= (best[key]["training_vectors"] or 0):
-            best[key] = cell
+        if cell["method"].startswith("ours:") or cell["training_vectors"] in (None, COMPARED):
+            best[cell["method"], cell["bytes"]] = cell
     return sorted(best.values(), key=lambda cell: (cell["bytes"], -cell["mse"]))
 
 
@@ -60,12 +60,27 @@ def summary() -> str:
 
 
 def quality() -> str:
-    """All methods on the embeddings of all-MiniLM-L6-v2: error, recall, retrieval."""
+    """All methods on the embeddings of all-MiniLM-L6-v2."""
+    return quality_table("minilm-384")
+
+
+def quality_mpnet() -> str:
+    """All methods on the embeddings of all-mpnet-base-v2."""
+    return quality_table("mpnet-768")
+
+
+def quality_wordllama() -> str:
+    """All methods on the embeddings of WordLlama."""
+    return quality_table("wordllama-256")
+
+
+def quality_table(name: str) -> str:
+    """Error, recall and, where it was measured, retrieval."""
     lines = [
         "| method | bytes | trained on | MSE | R@1 | R@10 | recall@10 | at norm 1 | nDCG@10 | codebooks |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for cell in cells("minilm-384"):
+    for cell in cells(name):
         ndcg = cell.get("tasks", {}).get("known_item_ndcg_at_10_asymmetric")
         lines.append(
             f"| {label(cell)} | {cell['bytes']:,} | {cell['training_vectors'] or 0:,} | {cell['mse']:.3f} | "
@@ -73,6 +88,29 @@ def quality() -> str:
             f"{cell['recall_10_at_10_renormalised']:.3f} | {'' if ndcg is None else f'{ndcg:.3f}'} | "
             f"{cell['codebook_bytes'] / 1e6:.1f} MB |"
         )
+    return "\n".join(lines)
+
+
+def curve() -> str:
+    """The least error at 8 bytes by the number of training vectors, of Faiss's LSQ and of ours."""
+    best: dict[int, dict[str, dict]] = {}
+    for cell in environment.load("quality-minilm-384").get("cells", {}).values():
+        if cell["bytes"] == 8 and cell["method"].startswith(("LSQ", "ours, ")):
+            family = cell["method"].partition(" ")[0].rstrip(",")
+            rows = best.setdefault(cell["training_vectors"], {})
+            if family not in rows or cell["mse"] < rows[family]["mse"]:
+                rows[family] = cell
+    lines = [
+        "| training vectors | LSQ | MSE | recall@10 | ours | MSE | recall@10 | less error |",
+        "| ---: | --- | ---: | ---: | --- | ---: | ---: | ---: |",
+    ]
+    for count, rows in sorted(best.items()):
+        parts = [f"{count:,}"]
+        for row in (rows.get("LSQ"), rows.get("ours")):
+            numbers = [f"{row[key]:.3f}" for key in ("mse", "recall_10_at_10")] if row else ["", ""]
+            parts += [row["method"].removeprefix("ours, ") if row else "", *numbers]
+        parts.append(f"{100 * (1 - rows['ours']['mse'] / rows['LSQ']['mse']):.0f} %" if len(rows) == 2 else "")
+        lines.append(f"| {' | '.join(parts)} |")
     return "\n".join(lines)
 
 
@@ -101,6 +139,41 @@ def qinco() -> str:
         lines.append(
             f"| {name} | {row['decode_float32']:.1f}x | {row['decode_bfloat16']:.1f}x | {100 * row['mse']:+.1f} % |"
         )
+    return "\n".join(lines)
+
+
+def engine_cuda() -> str:
+    """Vectors per second on a GPU, and over the algorithm as published there."""
+    lines = [
+        "| setting | encoded/s, greedy | over published | encoded/s, (1, 8) | its MSE | decoded/s | over published |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, row in environment.load("engine-cuda").get("settings", {}).items():
+        plain, ratio = row["plain"], row["ratios"]
+        wanted = {"dtype": "bfloat16", "num_candidates": 1, "beam_size": 8}
+        wide = next(search for search in row["searches"] if wanted.items() <= search.items())
+        lines.append(
+            f"| {name} | {ratio['encode_bfloat16'] * plain['encode_per_second']:,.0f} | "
+            f"{ratio['encode_bfloat16']:.0f}x | {wide['encode_per_second']:,.0f} | "
+            f"{100 * (wide['mse'] / plain['mse'] - 1):+.1f} % | {row['decode_per_second_bfloat16']:,.0f} | "
+            f"{ratio['decode_bfloat16']:.1f}x |"
+        )
+    return "\n".join(lines)
+
+
+def additive_cuda() -> str:
+    """Training and encoding of additive quantizers on a GPU, beside the processor's."""
+    lines = [
+        "| set | bytes | trained on | training | encoded/s | decoded/s |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name in ("minilm-384", "mpnet-768", "wordllama-256"):
+        for cell in environment.load(f"quality-{name}").get("cells", {}).values():
+            if cell["method"] == "ours, additive x10" and cell.get("gpu"):
+                lines.append(
+                    f"| {name} | {cell['bytes']} | {cell['training_vectors']:,} | {cell['train_seconds']:.0f} s | "
+                    f"{cell['encode_per_second']:,} | {cell['decode_per_second']:,} |"
+                )
     return "\n".join(lines)
 
 
@@ -158,9 +231,9 @@ def refresh_record(name: str, file: Path) -> str:
     """The evaluation of a bundled quantizer with the comparisons that the results files hold."""
     record = EvaluationRecord.from_json(file.read_text("utf-8"))
     kept = ("mse", "recall_at_1_1", "recall_at_1_10", "recall_10_at_10")
-    measured = cells("minilm-384")
+    measured = cells("-".join(name.split("-")[:2]))
     own = [cell for cell in measured if cell["method"].startswith(f"ours:{name}:")]
-    sizes = {cell["bytes"] for cell in own} | {16 for cell in own if cell["bytes"] == 15}
+    sizes = {cell["bytes"] for cell in own}
     record.comparison = [
         {"method": _method(cell), "bytes_per_vector": cell["bytes"], **{key: cell[key] for key in kept}}
         for cell in measured
@@ -285,7 +358,12 @@ TABLES = {
     for table in (
         summary,
         quality,
+        quality_mpnet,
+        quality_wordllama,
+        curve,
         engine,
+        engine_cuda,
+        additive_cuda,
         qinco,
         tasks,
         module,

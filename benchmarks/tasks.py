@@ -77,12 +77,12 @@ def sts_pairs(folder: Path) -> tuple[list[str], list[str], list[float]]:
     return [row[5] for row in rows], [row[6] for row in rows], [float(row[4]) for row in rows]
 
 
-def known_items(passages: Path, seed: int = 0) -> tuple[list[str], list[str], list[list[int]]]:
-    """Headwords, passages without their headword, and for each headword the rows of its passages."""
+def known_items(passages: Path, count: int | None, seed: int = 0) -> tuple[list[str], list[str], list[list[int]]]:
+    """Headwords, the first `count` passages without theirs, and for each headword the rows of its passages."""
     documents: list[str] = []
     headwords: dict[str, str] = {}
     relevant: dict[str, list[int]] = {}
-    for number, row in enumerate(pq.read_table(passages).to_pylist()):
+    for number, row in enumerate(pq.read_table(passages)[:count].to_pylist()):
         headword, _, definition = row["text"].partition(": ")
         if row["source"] == "debian" or not definition:
             documents.append(row["text"])
@@ -99,7 +99,8 @@ def open_tasks(name: str, root: Path, encoder: str | None = None) -> Tasks:
 
     Args:
         name: Of the set, whose encoder embeds the texts.
-        root: Where data lie, with the passages in `<root>/<name>/passages` or `<root>/passages`.
+        root: Where data lie, with the passages in `<root>/passages`; a set that has some of them only says which in
+            `<root>/<name>/passages`.
         encoder: Folder or Hub id instead of the one in `ENCODERS`.
 
     Raises:
@@ -107,7 +108,8 @@ def open_tasks(name: str, root: Path, encoder: str | None = None) -> Tasks:
     """
     first, second, scores = sts_pairs(root / "sts")
     own, common = (folder / "passages" / "test.parquet" for folder in (root / name, root))
-    queries, documents, relevant = known_items(own if own.is_file() else common)
+    count = pq.read_metadata(own).num_rows if own.is_file() else None
+    queries, documents, relevant = known_items(common, count)
     texts = dict(zip(PARTS, (first, second, queries, documents), strict=True))
     folder = root / name / "tasks"
     digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()

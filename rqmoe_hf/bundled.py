@@ -43,7 +43,7 @@ def load_quantizer(name: str, dtype: str = "float32", revision: str | None = Non
     """Loads a quantizer by its bundled name, its folder or its Hub id.
 
     Args:
-        name: For example "minilm-384", "runs/mine" or "org/name".
+        name: For example "minilm-384-32-bytes", "runs/mine" or "org/name".
         dtype: Of the experts' arithmetic: "float32", or "bfloat16" where the processor has it.
         revision: Branch, tag or commit on the Hub.
     """

@@ -35,8 +35,9 @@ def decode_codes(codes: torch.Tensor, tables: Tables) -> torch.Tensor:
     budget = CPU_CHUNK_BYTES if codes.device.type == "cpu" else DEVICE_CHUNK_BYTES
     output = torch.empty(len(codes), size, dtype=torch.float32, device=codes.device)
     with torch.autocast(codes.device.type, enabled=False):
-        for part in torch.arange(len(codes), device=codes.device).split(max(1, budget // per_vector)):
-            chunk = slice(int(part[0]), int(part[-1]) + 1)
+        rows = max(1, budget // per_vector)
+        for start in range(0, len(codes), rows):
+            chunk = slice(start, start + rows)
             if lookups is not None:
                 output[chunk] = _decode_by_lookup(codes[chunk], tables, lookups)
             else:

@@ -52,15 +52,16 @@ def refine_codes(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Local search with the tables of a model, in chunks of bounded memory; see [`local_search`]."""
     steps = codes.shape[1]
-    if steps not in tables.pairs:
-        codebooks = additive_codebooks(tables, steps)
-        sizes = tables.sizes or [codebooks.shape[1]] * steps
-        tables.pairs[steps] = build_pair_tables([part[:size] for part, size in zip(codebooks, sizes, strict=False)])
     decode = None if tables.features is None else lambda trial: decode_codes(trial, tables)
     budget = CPU_CHUNK_BYTES if target.device.type == "cpu" else DEVICE_CHUNK_BYTES
     rows = max(1, budget // (8 * steps * tables.first.shape[0] + 16 * target.shape[1]))
     refined, restored = torch.empty_like(codes), torch.empty_like(target)
     with torch.autocast(target.device.type, enabled=False):
+        if steps not in tables.pairs:
+            codebooks = additive_codebooks(tables, steps)
+            sizes = tables.sizes or [codebooks.shape[1]] * steps
+            parts = [part[:size] for part, size in zip(codebooks, sizes, strict=False)]
+            tables.pairs[steps] = build_pair_tables(parts)
         for start in range(0, len(target), rows):
             part = slice(start, start + rows)
             found = local_search(target[part], codes[part], tables.pairs[steps], rounds, decode, batch_invariant)

@@ -225,7 +225,8 @@ class RQMoEModel(RQMoEPreTrainedModel):
 
         Returns:
             The codes, int64 `(n, num_codebooks)`, and their reconstruction, float32 `(n, hidden_size)`. In float32 a
-            vector gets the same codes in any batch; in bfloat16 up to ties.
+            vector gets the same codes in any batch (on a GPU too, as long as TF32 stays off, as it is unless asked
+            for); in bfloat16 up to ties.
 
         Raises:
             ValueError: If the model is not initialised, or the embeddings are no finite floats of the right shape.

@@ -41,7 +41,7 @@ def quantize_embeddings(
     import numpy as np
     from rqmoe_hf import load_quantizer, quantize_embeddings, semantic_search
 
-    quantizer = load_quantizer("minilm-384")
+    quantizer = load_quantizer("minilm-384-32-bytes")
     embeddings = np.random.default_rng(0).normal(size=(100, 384)).astype("float32")
     codes = quantize_embeddings(embeddings, quantizer)  # uint8 (100, 15)
     hits, seconds = semantic_search(embeddings[:2], codes, quantizer, top_k=3)

@@ -52,7 +52,7 @@ class RQMoEQuantizer(Module):
     from rqmoe_hf.st import RQMoEQuantizer
 
     model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
-    model.append(RQMoEQuantizer.from_pretrained("minilm-384"))
+    model.append(RQMoEQuantizer.from_pretrained("minilm-384-32-bytes"))
     restored = model.encode(["a text", "another"])  # float32 (2, 384), reconstructed from the codes
     codes = model.encode(["a text", "another"], quantize="codes")  # uint8 (2, 15), packed
     query = model.encode_query("a question")  # float32 (384,), exact: queries are not compressed
@@ -255,7 +255,7 @@ class RQMoELoss(nn.Module):
     from rqmoe_hf.st import RQMoELoss, RQMoEQuantizer
 
     model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
-    model.append(RQMoEQuantizer.from_pretrained("minilm-384"))
+    model.append(RQMoEQuantizer.from_pretrained("minilm-384-32-bytes"))
     texts = Dataset.from_dict({"text": ["a text", "another text", "and a third one"]})
     arguments = SentenceTransformerTrainingArguments(output_dir="tuned", max_steps=1, report_to="none")
     SentenceTransformerTrainer(model, arguments, train_dataset=texts, loss=RQMoELoss(model)).train()

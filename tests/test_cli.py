@@ -126,8 +126,8 @@ def test_a_fit_check_on_texts(encoder, tmp_path):
     lines = [" ".join(text.split()[:30]) for text in collect_documentation()[1][:400]]
     (tmp_path / "texts.txt").write_text("\n".join(lines), "utf-8")
     report = tmp_path / "report.json"
-    result = rqmoe("evaluate", "--model", "minilm-384", "--texts", str(tmp_path / "texts.txt"), "--encoder", encoder,
-                   "--json", str(report))  # fmt: skip
+    result = rqmoe("evaluate", "--model", "minilm-384-8-bytes", "--texts", str(tmp_path / "texts.txt"),
+                   "--encoder", encoder, "--json", str(report))  # fmt: skip
     assert result.returncode == 0, result.stderr
     fit = json.loads(report.read_text("utf-8"))["fit"]
     assert fit["mse"][0] < 1.5 * fit["mse"][1]  # English prose, and the right encoder
@@ -149,11 +149,11 @@ def test_convert(clustered, tmp_path):
     ("arguments", "message"),
     [
         (["info", "no-such-quantizer"], "There is no quantizer 'no-such-quantizer'"),
-        (["evaluate", "--model", "minilm-384"], "Give embeddings, or --texts, to measure on"),
-        (["evaluate", "--model", "minilm-384", "--texts", "none.txt"], "no file or folder none.txt"),
+        (["evaluate", "--model", "minilm-384-32-bytes"], "Give embeddings, or --texts, to measure on"),
+        (["evaluate", "--model", "minilm-384-32-bytes", "--texts", "none.txt"], "no file or folder none.txt"),
         (["push", "no-such-quantizer", "org/name"], "There is no quantizer 'no-such-quantizer'"),
-        (["compress", "none.npy", "-o", "codes", "--model", "minilm-384"], "There is no file none.npy"),
-        (["compress", "a.npy", "-o", "out", "--model", "minilm-384", "--workers", "2"], "only with --engine ray"),
+        (["compress", "none.npy", "-o", "codes", "--model", "minilm-384-32-bytes"], "There is no file none.npy"),
+        (["compress", "a.npy", "-o", "out", "--model", "none", "--workers", "2"], "only with --engine ray"),
         (["embed", "a.txt", "-o", "out", "--encoder", "x", "--engine", "spark"], "must be local or ray, got 'spark'"),
         (["train", "-o", "run"], "Give either --embeddings, or --texts and --encoder"),
         (["train", "-o", "run", "--embeddings", "x", "--streaming"], "give --max-steps and --evaluation"),

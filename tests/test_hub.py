@@ -71,14 +71,15 @@ def test_push_sends_everything_in_one_commit_and_codes_survive(hub, client, smal
 
 
 def test_the_bundled_quantizer_brings_its_results(hub, client):
-    client("from rqmoe_hf import load_quantizer; load_quantizer('minilm-384').push_to_hub('org/minilm-384')")
-    files, folder = hub.files("org/minilm-384"), bundled_quantizers()["minilm-384"]
+    name = "minilm-384-32-bytes"
+    client(f"from rqmoe_hf import load_quantizer; load_quantizer({name!r}).push_to_hub('org/{name}')")
+    files, folder = hub.files(f"org/{name}"), bundled_quantizers()[name]
     assert ".eval_results/stsbenchmark-sts.yaml" in files
     for name in (".eval_results/stsbenchmark-sts.yaml", "evaluation.json", "training.json", "recipe.yaml"):
         assert files[name].content == (folder / name).read_bytes(), name
     assert len(files["model.safetensors"].content) == (folder / "model.safetensors").stat().st_size  # not twice it
     card = files["README.md"].content.decode()
-    assert 'RQMoEQuantizer.from_pretrained("org/minilm-384")' in card
+    assert 'RQMoEQuantizer.from_pretrained("org/minilm-384-32-bytes")' in card
     assert card.split("## Results")[1] == (folder / "README.md").read_text("utf-8").split("## Results")[1].replace(
         *(re.search(r"text \w+\.", text)[0] for text in ((folder / "README.md").read_text("utf-8"), card))
     )
@@ -342,7 +343,7 @@ def test_a_combined_model_travels_through_the_hub(hub, client, encoder):
         from sentence_transformers import SentenceTransformer
         from rqmoe_hf.st import RQMoEQuantizer
         model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2", device="cpu")
-        model.append(RQMoEQuantizer.from_pretrained("minilm-384"))
+        model.append(RQMoEQuantizer.from_pretrained("minilm-384-32-bytes"))
         model.push_to_hub("org/combined")
         texts = ["how do I read a csv file", "a short text"]
         json.dump(model.encode(texts, quantize="codes").tolist(), open("codes.json", "w"))
@@ -355,7 +356,7 @@ def test_a_combined_model_travels_through_the_hub(hub, client, encoder):
     assert "RQMoEQuantizer" in card and "- rqmoe\n" in card and "base_model: sentence-transformers/all-" in card
     snippet = re.search(r"```python\n(.*?)```", card, flags=re.DOTALL)[1]
     assert "org/combined" in snippet
-    client(f"{snippet}\nassert restored.shape == (2, 384) and codes.shape == (2, 15)", home="snippet")
+    client(f"{snippet}\nassert restored.shape == (2, 384) and codes.shape == (2, 32)", home="snippet")
     client("""
         import json
         from sentence_transformers import SentenceTransformer

@@ -205,7 +205,7 @@ def test_a_sentence_transformers_model_embeds(encoder):
 
 
 def test_errors(quantizer, embedding, store, tmp_path):
-    with pytest.raises(ValueError, match="quantizer='minilm-384'"):
+    with pytest.raises(ValueError, match="quantizer='minilm-384-32-bytes'"):
         RQMoEVectorStore(embedding, folder=tmp_path / "new")
     with pytest.raises(ValueError, match="quantizer and folder already"):
         RQMoEVectorStore(embedding, quantizer, index=store.index)

@@ -55,6 +55,15 @@ def test_every_member_gains_and_no_vector_loses(model, vectors):
     torch.testing.assert_close(after.reconstruction, model.decode(after.codes).reconstruction, atol=1e-4, rtol=1e-4)
 
 
+def test_tables_are_as_precise_under_autocast(vectors):
+    model = randomize(RQMoEModel(MEMBERS["additive"]))
+    with torch.autocast("cpu", torch.bfloat16):
+        model.encode(vectors, local_search=2)
+    (found,) = (tables.pairs[STEPS] for _, tables in model._tables.values() if STEPS in tables.pairs)
+    products = found.codewords.double() @ found.codewords.double().T * 2 * found.unit
+    torch.testing.assert_close(torch.cat(found.products, dim=1).double(), products.detach(), rtol=1e-3, atol=1e-3)
+
+
 def test_vectors_and_codewords_far_out_are_no_problem(vectors):
     model = randomize(RQMoEModel(MEMBERS["additive"]))
     with torch.no_grad():

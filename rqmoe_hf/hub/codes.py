@@ -67,7 +67,7 @@ def push_codes_to_hub(
     from rqmoe_hf import load_quantizer
     from rqmoe_hf.hub import load_codes, push_codes_to_hub
 
-    quantizer = load_quantizer("minilm-384")
+    quantizer = load_quantizer("minilm-384-32-bytes")
     embeddings = np.random.default_rng(0).normal(size=(100, 384)).astype("float32")
     push_codes_to_hub(quantizer.compress(embeddings), "org/my-texts", quantizer, ids=np.arange(100))
     codes = load_codes("org/my-texts", quantizer)[:]["codes"]  # uint8 (100, 15)

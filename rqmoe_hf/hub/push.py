@@ -73,8 +73,8 @@ def push_quantizer(
     ```python
     from rqmoe_hf import RQMoEModel, load_quantizer
 
-    load_quantizer("minilm-384").push_to_hub("org/minilm-384")
-    quantizer = RQMoEModel.from_pretrained("org/minilm-384")
+    load_quantizer("minilm-384-32-bytes").push_to_hub("org/minilm-384-32-bytes")
+    quantizer = RQMoEModel.from_pretrained("org/minilm-384-32-bytes")
     ```
     """
     model._require_initialized("be pushed")

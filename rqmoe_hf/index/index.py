@@ -54,7 +54,7 @@ class RQMoEIndex(Collection):
     from rqmoe_hf.index import RQMoEIndex
 
     embeddings = np.random.default_rng(0).normal(size=(200, 384)).astype("float32")
-    index = RQMoEIndex("minilm-384", "runs/my-index")
+    index = RQMoEIndex("minilm-384-32-bytes", "runs/my-index")
     index.add(embeddings, ids=range(200), metadata=[{"even": number % 2 == 0} for number in range(200)])
     scores, ids = index.search(embeddings[7], top_k=3)  # float32 (3,), int64 (3,)
     scores, ids = index.search(embeddings[7], top_k=3, filter={"even": True})

@@ -52,7 +52,7 @@ class RQMoEShards:
 
     embeddings = np.random.default_rng(0).normal(size=(200, 384)).astype("float32")
     for number, rows in enumerate(np.split(np.arange(200), 2)):  # may be done on different machines
-        with RQMoEIndex("minilm-384", f"runs/shard-{number}") as index:
+        with RQMoEIndex("minilm-384-32-bytes", f"runs/shard-{number}") as index:
             index.add(embeddings[rows], ids=rows)
     with RQMoEShards(["runs/shard-0", "runs/shard-1"]) as shards:
         scores, ids = shards.search(embeddings[7], top_k=3)  # float32 (3,), int64 (3,)

@@ -32,8 +32,8 @@ def open_index(
     if index is None and (folder is None or not (Path(folder) / "manifest.json").is_file()):
         if quantizer is None:
             raise ValueError(
-                "A new collection needs a quantizer: a bundled one by its name, such as quantizer='minilm-384', a "
-                "folder, a Hub id, or an RQMoEModel."
+                "A new collection needs a quantizer: a bundled one by its name, such as "
+                "quantizer='minilm-384-32-bytes', a folder, a Hub id, or an RQMoEModel."
             )
         return RQMoEIndex(quantizer, folder, **settings)
     if index is None:

@@ -66,7 +66,7 @@ class RQMoEVectorStore(VectorStore):
     from langchain_core.embeddings import DeterministicFakeEmbedding
     from rqmoe_hf.integrations.langchain import RQMoEVectorStore
 
-    store = RQMoEVectorStore(DeterministicFakeEmbedding(size=384), quantizer="minilm-384", folder="runs/langchain")
+    store = RQMoEVectorStore(DeterministicFakeEmbedding(size=384), "minilm-384-32-bytes", "runs/langchain")
     store.add_texts(["a text", "another"], metadatas=[{"lang": "en"}, {"lang": "fr"}])
     store.similarity_search("a text", k=1, filter={"lang": "en"})
     ```

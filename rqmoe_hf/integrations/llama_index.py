@@ -68,7 +68,7 @@ class RQMoEVectorStore(BasePydanticVectorStore):
     from llama_index.core.schema import TextNode
     from rqmoe_hf.integrations.llama_index import RQMoEVectorStore
 
-    store = RQMoEVectorStore("minilm-384", "runs/llama-index")
+    store = RQMoEVectorStore("minilm-384-32-bytes", "runs/llama-index")
     context = StorageContext.from_defaults(vector_store=store)
     nodes = [TextNode(text="a text"), TextNode(text="another")]
     index = VectorStoreIndex(nodes, storage_context=context, embed_model=MockEmbedding(384))

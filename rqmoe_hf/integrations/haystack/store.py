@@ -52,7 +52,7 @@ class RQMoEDocumentStore(MetadataReports):
     from haystack import Document
     from rqmoe_hf.integrations.haystack import RQMoEDocumentStore, RQMoEEmbeddingRetriever
 
-    store = RQMoEDocumentStore("minilm-384", "runs/haystack")
+    store = RQMoEDocumentStore("minilm-384-32-bytes", "runs/haystack")
     store.write_documents([Document(content="a text", meta={"lang": "en"}, embedding=[0.1] * 384)])
     retriever = RQMoEEmbeddingRetriever(store, filters={"field": "meta.lang", "operator": "==", "value": "en"})
     retriever.run(query_embedding=[0.1] * 384)["documents"]
