@@ -184,13 +184,13 @@ def _replace_some(
     The replacement depends on the round and on the codes alone, so a vector gets the same codes in any batch.
     """
     steps = rows.shape[1]
-    generator = torch.Generator().manual_seed(first_round * 1000 + number)
-    order = torch.randperm(steps, generator=generator).tolist()
+    generator = torch.Generator("cpu").manual_seed(first_round * 1000 + number)  # a GPU draws other numbers
+    order = torch.randperm(steps, generator=generator, device="cpu").tolist()
     rows = rows.clone()
     if number:
         for step in order[-min(steps - 1, 1 + number % 3) :]:
             size, start = pairs.sizes[step], pairs.step(step).start
-            shift = int(torch.randint(1, size, (), generator=generator))
+            shift = int(torch.randint(1, size, (), generator=generator, device="cpu"))
             rows[:, step] = (rows[:, step] - start + shift) % size + start
     return rows, order
 

@@ -1,6 +1,7 @@
 """The transformers side: saving, loading, dtypes, losses, refusals."""
 
 import json
+from functools import partial
 
 import naive
 import numpy as np
@@ -239,3 +240,17 @@ def test_a_checkpoint_without_some_weights_is_refused(paper_model, tmp_path):
     paper_model.save_pretrained(tmp_path, state_dict={"codebooks": paper_model.codebooks, "scale": paper_model.scale})
     with pytest.raises(ValueError, match="missing keys: .*experts"):
         AutoModel.from_pretrained(tmp_path)
+
+
+def test_training_keeps_nothing_of_the_search(model, vectors, monkeypatch):
+    """What is kept for the gradient is of the codes found, however many others were looked at."""
+    kept = []
+    for search in ({"num_candidates": 1, "beam_size": 1}, {"num_candidates": 8, "beam_size": 8, "local_search": 2}):
+        for name, value in search.items():
+            monkeypatch.setattr(model.config, name, value)
+        saved: list[int] = []
+        keep = partial(lambda numbers, tensor: numbers.append(tensor.numel()), saved)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda _: None):
+            model.train()(vectors)
+        kept.append(sum(saved))
+    assert kept[0] == kept[1] > 0
