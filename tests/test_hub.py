@@ -364,5 +364,5 @@ def test_a_combined_model_travels_through_the_hub(hub, client, encoder):
         model = SentenceTransformer("org/combined", device="cpu", trust_remote_code=True)
         codes = model.encode(["how do I read a csv file", "a short text"], quantize="codes")
         assert codes.tolist() == json.load(open("codes.json"))
-        assert RQMoEModel.from_pretrained("org/combined", subfolder="3_RQMoEQuantizer").config.num_codebooks == 12
+        assert RQMoEModel.from_pretrained("org/combined", subfolder="3_RQMoEQuantizer").config.num_codebooks == 26
     """, home="elsewhere")  # fmt: skip
