@@ -98,17 +98,22 @@ data/fashion-mnist-784/manifest.json: | .venv/installed
 	$(BIN)/python benchmarks/sets/fashion_mnist.py --output $(@D)
 
 # Hours: all methods on all sets. Every part continues where it was stopped; cells that are in the results are not repeated.
-BUNDLED := minilm-384:6 minilm-384 minilm-384-8-bytes minilm-384-32-bytes:13 minilm-384-32-bytes
+BUNDLED := minilm-384-8-bytes minilm-384-32-bytes:13 minilm-384-32-bytes
 ADDITIVE := "ours, additive x8" "ours, additive x9" "ours, additive x10"
 TEXTS = --tasks --encoder "$(ENCODER)"
 benchmark: benchmark-sets
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/quality.py --set minilm-384 --methods --ours $(BUNDLED) --share $(TEXTS)
-	$(BIN)/python benchmarks/quality.py --set minilm-384 $(TEXTS)
-	$(BIN)/python benchmarks/quality.py --set minilm-384 --methods $(ADDITIVE) $(TEXTS)
+	$(BIN)/python benchmarks/quality.py --set minilm-384 --limit 100000 $(TEXTS)
+	$(BIN)/python benchmarks/quality.py --set minilm-384 --limit 100000 --methods $(ADDITIVE) $(TEXTS)
+	for count in 10000 30000 300000 525232; do \
+	  $(BIN)/python benchmarks/quality.py --set minilm-384 --limit $$count --bytes 8 \
+	    --methods LSQ "LSQ x10" $(ADDITIVE) "ours, additive x11" || exit 1; done
+	$(BIN)/python benchmarks/quality.py --set mpnet-768 --methods float32 --ours mpnet-768-16-bytes \
+	  --tasks --encoder data/models/all-mpnet-base-v2
 	for set in wordllama-256 sift-128 fashion-mnist-784 mpnet-768; do \
-	  $(BIN)/python benchmarks/quality.py --set $$set && \
-	  $(BIN)/python benchmarks/quality.py --set $$set --methods $(ADDITIVE) || exit 1; done
+	  $(BIN)/python benchmarks/quality.py --set $$set --limit 100000 && \
+	  $(BIN)/python benchmarks/quality.py --set $$set --limit 100000 --methods $(ADDITIVE) || exit 1; done
 	$(BIN)/python benchmarks/levers.py
 	$(BIN)/python benchmarks/module.py --encoder "$(ENCODER)"
 	$(BIN)/python benchmarks/fit.py --encoder "$(ENCODER)"

@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py --set minilm-384
     python benchmarks/quality.py --set minilm-384 --methods PQ "RQ, beam 5" --bytes 8 16 --limit 100000
-    python benchmarks/quality.py --set minilm-384 --methods --ours minilm-384:6 runs/mine
+    python benchmarks/quality.py --set minilm-384 --methods --ours minilm-384-32-bytes:13 runs/mine
 
 Every cell, a method at a number of bytes, is written to results/quality-<set>.json as soon as it is measured, and not
 measured again (`--again` does): a run that was stopped continues. A cell counts for its data, its number of training
