@@ -84,7 +84,7 @@ def initialize(
         for block in blocks:
             _check_lsq(block)
         standardised = _standardised(embeddings, mean.astype(np.float32), np.float32(np.sqrt(variance)))
-        device = model.codebooks.device if model.codebooks.is_cuda else torch.device("cpu")  # double precision
+        device = model.codebooks.device if model.codebooks.is_cuda else torch.device("cpu")  # MPS has no float64
         source = NeighborJitter(
             standardised, mean / np.sqrt(variance), show_progress_bar=show_progress_bar, device=device
         )
