@@ -186,7 +186,7 @@ def _replace_some(
     steps = rows.shape[1]
     generator = torch.Generator("cpu").manual_seed(first_round * 1000 + number)  # a GPU draws other numbers
     order = torch.randperm(steps, generator=generator, device="cpu").tolist()
-    rows = rows.clone()
+    rows = rows.clone(memory_format=torch.contiguous_format)  # the kernel counts on it
     if number:
         for step in order[-min(steps - 1, 1 + number % 3) :]:
             size, start = pairs.sizes[step], pairs.step(step).start
