@@ -15,36 +15,77 @@ Shapes: n vectors, m codes of each, K_m codewords of step m, T their sum over th
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
 from .decoding_rqmoe import decode_codes
 from .encoding_rqmoe import CPU_CHUNK_BYTES, DEVICE_CHUNK_BYTES, Tables
-from .kernels_rqmoe import can_choose, choose_codes
+from .numba_rqmoe import TILE, can_sweep, sweep_codes
+from .triton_rqmoe import can_choose, choose_codes
 
 MAX_PAIRS = 1 << 30  # entries of the table of pairs: 2 GiB
 SWEEPS = 2  # times every code is chosen again, per round
 PAIR_ROWS = 4096  # of the table, computed at a time
 MAX_ENERGY = 6e4  # in units, of the pairs of one code together: float16 ends at 65,504
 COLUMNS = 32  # among which the smallest energy is looked for
+CPU_SEARCH_BYTES = 256 << 20  # temporary tensors of a chunk: many vectors at a time make good use of caches
+SCORED = 256  # vectors at a time, as their scores are float64 before they are float16
 
 
 @dataclass
 class PairTables:
-    """What an additive quantizer's errors are looked up in."""
+    """What an additive quantizer's errors are looked up in.
+
+    Where local search is compiled, each codebook's columns are filled up to whole tiles: C columns for T codewords.
+    """
 
     codewords: torch.Tensor  # (T, d) float32, step after step
     sizes: list[int]  # K_m
     starts: torch.Tensor  # (M,), where each step's codewords begin
     unit: float  # of energies: squared distances times this stay far from the limits of float16
-    norms: torch.Tensor  # (T,) float32, squared, in units
-    products: list[torch.Tensor]  # per step, (T, K_m) float16: 2 * codewords @ codewords of this step, in units
+    tiled: bool
+    columns: torch.Tensor  # (C, d) float32: the codewords, and what fills up
+    norms: torch.Tensor  # (C,) float32, squared, in units
+    table: torch.Tensor  # (C * T,) float16, per step (T, K_m), or (tiles, T, TILE): see `products`
+
+    @cached_property
+    def widths(self) -> list[int]:
+        """Columns of each step."""
+        return [-(-size // TILE) * TILE if self.tiled else size for size in self.sizes]
+
+    @cached_property
+    def products(self) -> list[torch.Tensor]:
+        """2 * codewords @ codewords of each step, in units: float16 `(tiles, T, width)`, of one tile if not tiled."""
+        parts = self.table.split([len(self.codewords) * width for width in self.widths])
+        tiles = [TILE if self.tiled else width for width in self.widths]
+        return [part.view(-1, len(self.codewords), tile) for part, tile in zip(parts, tiles, strict=True)]
+
+    @cached_property
+    def exact(self) -> torch.Tensor:
+        """The columns in float64. To make them takes longer than a vector's scores."""
+        return self.columns.double()
+
+    @cached_property
+    def layout(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """What [`sweep_codes`] wants to know: ranks, places, bounds and columns.
+
+        A rank says where [`_smallest`] looks for a column, of several equal ones.
+        """
+        ranks, places = [], []
+        for size, width in zip(self.sizes, self.widths, strict=True):
+            numbers, folded = np.arange(size), _width(size)
+            ranks += [numbers % folded * (size // folded) + numbers // folded, np.arange(size, width)]
+            places += [np.argsort(ranks[-2]), ranks[-1]]
+        ranked, placed = (np.concatenate(part).astype(np.int32) for part in (ranks, places))
+        return ranked, placed, np.cumsum([0, *self.sizes]), np.cumsum([0, *self.widths])
 
     def step(self, number: int) -> slice:
         """Columns of a step."""
-        start = sum(self.sizes[:number])  # not of `starts`: asking a device for it would wait for the device
-        return slice(start, start + self.sizes[number])
+        start = sum(self.widths[:number])  # not of `starts`: asking a device for it would wait for the device
+        return slice(start, start + self.widths[number])
 
 
 def refine_codes(
@@ -53,8 +94,9 @@ def refine_codes(
     """Local search with the tables of a model, in chunks of bounded memory; see [`local_search`]."""
     steps = codes.shape[1]
     decode = None if tables.features is None else lambda trial: decode_codes(trial, tables)
-    budget = CPU_CHUNK_BYTES if target.device.type == "cpu" else DEVICE_CHUNK_BYTES
-    rows = max(1, budget // (8 * steps * tables.first.shape[0] + 16 * target.shape[1]))
+    budget = CPU_CHUNK_BYTES if decode else CPU_SEARCH_BYTES
+    budget = budget if target.device.type == "cpu" else DEVICE_CHUNK_BYTES
+    rows = max(1, budget // (2 * steps * tables.first.shape[0] + 16 * target.shape[1]))
     refined, restored = torch.empty_like(codes), torch.empty_like(target)
     with torch.autocast(target.device.type, enabled=False):
         if steps not in tables.pairs:
@@ -102,14 +144,25 @@ def build_pair_tables(codebooks: Sequence[torch.Tensor]) -> PairTables:
     norms = codewords.square().sum(-1)
     large = norms.kthvalue(1 + 9 * (len(norms) - 1) // 10)[0]  # neither that of codewords far out nor of unused ones
     unit = 1 / (len(sizes) * float(large) or 1.0)
-    products = []
-    for part in codewords.split(sizes):
-        product = torch.empty(len(codewords), len(part), dtype=torch.float16, device=codewords.device)
+    tiled = can_sweep(codewords.device, max(sizes))
+    columns, norms = codewords, unit * norms
+    if tiled:
+        columns, norms = _fill_up(codewords, sizes, 0.0), _fill_up(norms, sizes, torch.inf)
+    table = torch.empty(len(columns) * len(codewords), dtype=torch.float16, device=codewords.device)
+    pairs = PairTables(codewords, sizes, starts, unit, tiled, columns, norms, table)
+    for part, product in zip(columns.split(pairs.widths), pairs.products, strict=True):
         for rows in range(0, len(codewords), PAIR_ROWS):
-            energies = codewords[rows : rows + PAIR_ROWS] @ (2 * unit * part.T)
-            product[rows : rows + PAIR_ROWS] = _half(energies, MAX_ENERGY / len(sizes))
-        products.append(product)
-    return PairTables(codewords, sizes, starts, unit, unit * norms, products)
+            energies = _half(codewords[rows : rows + PAIR_ROWS] @ (2 * unit * part.T), MAX_ENERGY / len(sizes))
+            product[:, rows : rows + PAIR_ROWS] = energies.unflatten(1, (-1, product.shape[2])).transpose(0, 1)
+    return pairs
+
+
+def _fill_up(values: torch.Tensor, sizes: list[int], value: float) -> torch.Tensor:
+    """Values `(T, ...)` with each codebook's part filled up to whole tiles."""
+    parts = [
+        F.pad(part, [0, 0] * (part.dim() - 1) + [0, -len(part) % TILE], value=value) for part in values.split(sizes)
+    ]
+    return torch.cat(parts)
 
 
 def local_search(
@@ -148,8 +201,7 @@ def local_search(
         if decode is not None:
             scores = _scores(target - restored + _sums(best, pairs), steps, pairs, batch_invariant)
         trial, order = _replace_some(best, pairs, number, first_round)
-        for _ in range(SWEEPS):
-            _choose_again(trial, scores, order, pairs)
+        _choose_again(trial, scores, order, pairs)
         trial_restored = _sums(trial, pairs) if decode is None else decode(trial - starts)
         trial_error = (target - trial_restored).square().sum(-1)
         better = (trial_error < error)[:, None]
@@ -164,11 +216,14 @@ def _sums(rows: torch.Tensor, pairs: PairTables) -> torch.Tensor:
 
 def _scores(target: torch.Tensor, steps: int, pairs: PairTables, exact: bool) -> torch.Tensor:
     """What each codeword of `steps` steps adds to the squared error by itself, |c|^2 - 2 x.c, in units, float16."""
-    count = sum(pairs.sizes[:steps])
-    kind = torch.float64 if exact else torch.float32
-    scaled = (-2 * pairs.unit * target).to(kind)
-    products = torch.addmm(pairs.norms[:count].to(kind), scaled, pairs.codewords[:count].to(kind).T)
-    return _half(products, MAX_ENERGY)
+    count = sum(pairs.widths[:steps])
+    columns = (pairs.exact if exact else pairs.columns)[:count].T
+    norms, factor = pairs.norms[:count].to(columns.dtype), -2 * pairs.unit
+    scores = torch.empty(len(target), count, dtype=torch.float16, device=target.device)
+    rows = SCORED if target.device.type == "cpu" else 16 * SCORED
+    for some, part in zip(target.split(rows), scores.split(rows), strict=True):
+        part.copy_(torch.addmm(norms, (factor * some).to(columns.dtype), columns).clamp_(min=-MAX_ENERGY))
+    return scores
 
 
 def _half(energies: torch.Tensor, limit: float) -> torch.Tensor:
@@ -189,23 +244,26 @@ def _replace_some(
     rows = rows.clone(memory_format=torch.contiguous_format)  # the kernel counts on it
     if number:
         for step in order[-min(steps - 1, 1 + number % 3) :]:
-            size, start = pairs.sizes[step], pairs.step(step).start
+            size, start = pairs.sizes[step], sum(pairs.sizes[:step])
             shift = int(torch.randint(1, size, (), generator=generator, device="cpu"))
             rows[:, step] = (rows[:, step] - start + shift) % size + start
     return rows, order
 
 
 def _choose_again(rows: torch.Tensor, scores: torch.Tensor, order: list[int], pairs: PairTables) -> None:
-    """Sets each code, in turn, to the best one given the others. In place."""
-    for step in order:
-        columns, products = pairs.step(step), pairs.products[step]
+    """Sets each code, in turn, to the best one given the others, and all once more. In place."""
+    if pairs.tiled:
+        sweep_codes(rows, scores, pairs.table, *pairs.layout, SWEEPS * order)
+        return
+    for step in SWEEPS * order:
+        columns, products = pairs.step(step), pairs.products[step][0]
         if can_choose(rows, products.shape[1]):
             choose_codes(rows, scores, products, step, columns, _width(products.shape[1]))
             continue
         others = torch.cat([rows[:, :step], rows[:, step + 1 :]], dim=1)
         energy = F.embedding_bag(others, products, mode="sum")
         energy += scores[:, columns]
-        rows[:, step] = _smallest(energy) + columns.start
+        rows[:, step] = _smallest(energy) + pairs.starts[step]
 
 
 def _width(size: int) -> int:

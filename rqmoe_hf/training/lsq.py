@@ -25,7 +25,7 @@ from ..least_squares import MAX_COLUMNS, RecentFit, RunningFit, starts_of
 from ..local_search_rqmoe import build_pair_tables, local_search
 from .augmentation import NeighborJitter
 
-BATCH, DEVICE_BATCH = 2048, 32_768  # vectors that are searched at a time
+BATCH, DEVICE_BATCH = 8192, 32_768  # vectors that are searched at a time
 BATCH_SIZE = 65_536
 FINAL_ROUNDS = 10
 TEMPERATURE = 1.0
@@ -203,7 +203,7 @@ def _perturb(codewords: torch.Tensor, deviation: torch.Tensor, seed: list[int]) 
 
 def _error(codes: torch.Tensor, vectors: torch.Tensor, codewords: torch.Tensor, sizes: list[int]) -> float:
     """Mean squared error of some of the vectors, by codewords that are not perturbed."""
-    some = slice(0, 8 * BATCH)
+    some = slice(0, 2 * BATCH)
     rows = codes[some] + torch.from_numpy(starts_of(sizes)).to(codes.device)
     restored = F.embedding_bag(rows, codewords, mode="sum")
     return float((vectors[some] - restored).square().sum(dim=1).mean())
