@@ -118,7 +118,7 @@ def test_train_additive(clustered, tmp_path):
     done = rqmoe("train", "--embeddings", str(tmp_path / "vectors.npy"), "-o", str(tmp_path / "out"), *options)
     assert done.returncode == 0, done.stderr[-2000:]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (config["num_experts"], config["local_search"]) == (0, 16)
+    assert (config["num_experts"], config["beam_size"], config["local_search"]) == (0, 1, 32)
     assert "LSQ" in (tmp_path / "out" / "README.md").read_text()
 
 

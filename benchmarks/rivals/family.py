@@ -18,7 +18,7 @@ from rqmoe_hf.least_squares import MAX_COLUMNS
 from rqmoe_hf.record import TRAINING_FILE
 from rqmoe_hf.training import RQMoETrainingArguments, initialize, train_quantizer
 from rqmoe_hf.training.initialization import block_bytes
-from rqmoe_hf.training.run import LOCAL_SEARCH
+from rqmoe_hf.training.run import LOCAL_SEARCH, LOCAL_SEARCH_BEAM
 
 from .additive_tables import best_tables, decode_tables
 from .interface import contiguous, squared_error
@@ -154,6 +154,7 @@ class OursAdditive:
         self.rounds = rounds
         self.code_bits, self.codebook_bytes = 8 * size, 4 * dimension * sum(sizes)
         settings = {"num_codebooks": len(sizes), "codebook_size": max(sizes), "local_search": LOCAL_SEARCH}
+        settings["beam_size"] = LOCAL_SEARCH_BEAM
         settings |= {"search_blocks": [len(block) for block in blocks]} if len(blocks) > 1 else {}
         config = RQMoEConfig.additive(hidden_size=dimension, codebook_sizes=sizes, **settings)
         self.model = RQMoEModel(config).to(best_device())

@@ -83,8 +83,12 @@ def train(
     loss: Annotated[str, typer.Option(help="normalized_residual, per_step or last_step.")] = "normalized_residual",
     dropout: Annotated[float, typer.Option(help="Dropout in the experts.")] = 0.0,
     num_candidates: Annotated[int, typer.Option(help="Candidates of the encoder, also in training.")] = 8,
-    beam_size: Annotated[int, typer.Option(help="Beam of the encoder, also in training.")] = 4,
-    local_search: Annotated[int, typer.Option(help="Rounds of local search of the encoder.")] = 0,
+    beam_size: Annotated[
+        int | None, typer.Option(help="Beam of the encoder, also in training. Default: 4; additive: 1.")
+    ] = None,
+    local_search: Annotated[
+        int | None, typer.Option(help="Rounds of local search of the encoder. Default: 0; additive: 32.")
+    ] = None,
     init: Annotated[Start, typer.Option(help="rq, or lsq (better and slower; not for huge codebooks).")] = Start.rq,
     init_sample_size: Annotated[
         int, typer.Option(help="Vectors that the rq start is computed from, or that a round of the lsq start sees.")
@@ -120,7 +124,7 @@ def train(
     from ..hub import write_card
     from ..training import RQMoETrainingArguments, train_quantizer
     from ..training.initialization import suitable_blocks, suitable_sizes
-    from ..training.run import LOCAL_SEARCH
+    from ..training.run import LOCAL_SEARCH, LOCAL_SEARCH_BEAM
 
     if (embeddings is None) == (texts is None) or (texts is not None and encoder is None):
         raise ValueError("Give either --embeddings, or --texts and --encoder.")
@@ -150,7 +154,9 @@ def train(
         blocks = [len(part) for part in parts] if len(parts) > 1 else None
         num_codebooks, codebook_size = len(sizes), max(sizes)
     if additive:
-        member, init, local_search = Member.additive, Start.lsq, local_search or LOCAL_SEARCH
+        member, init = Member.additive, Start.lsq
+        local_search = LOCAL_SEARCH if local_search is None else local_search
+        beam_size = LOCAL_SEARCH_BEAM if beam_size is None else beam_size
     if start_from is not None:
         model = load_quantizer(start_from)
     else:
@@ -168,8 +174,8 @@ def train(
             training_loss=loss,
             dropout=dropout,
             num_candidates=num_candidates,
-            beam_size=beam_size,
-            local_search=local_search,
+            beam_size=4 if beam_size is None else beam_size,
+            local_search=local_search or 0,
             base_model=encoder,
         )
     evaluations = evaluations_per_epoch * (1.0 if max_steps > 0 else max(1.0, epochs))

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 STATISTICS_ROWS = 200_000  # mean and scale of a larger set are those of a sample
 LSQ_ROWS = 1_000_000  # vectors that LSQ is trained on, at most: all are kept in memory
-LOCAL_SEARCH = 16  # rounds with which codebooks of LSQ are used
+LOCAL_SEARCH, LOCAL_SEARCH_BEAM = 32, 1  # with which codebooks of LSQ are used: rounds are worth more than a beam
 LSQ_FILE = "lsq.npz"  # beside the checkpoints, with a number: LSQ half done
 ADDITIVE_FOLDER = "additive"  # beside the checkpoints: what training started from
 
@@ -137,10 +137,11 @@ def _start(
 def additive_member(model: RQMoEModel, init_method: str) -> RQMoEModel:
     """The additive quantizer that a new model starts from: its codebooks, without experts."""
     config = model.config
-    local_search = max(config.local_search, LOCAL_SEARCH) if init_method == "lsq" else config.local_search
-    names = ("hidden_size", "num_codebooks", "codebook_size", "codebook_sizes", "beam_size", "base_model")
-    kept = {name: getattr(config, name) for name in names}
-    member = RQMoEModel(RQMoEConfig.additive(**kept, local_search=local_search))
+    names = ("hidden_size", "num_codebooks", "codebook_size", "codebook_sizes", "base_model")
+    search = {"beam_size": config.beam_size, "local_search": config.local_search}
+    if init_method == "lsq":
+        search = {"beam_size": LOCAL_SEARCH_BEAM, "local_search": max(config.local_search, LOCAL_SEARCH)}
+    member = RQMoEModel(RQMoEConfig.additive(**{name: getattr(config, name) for name in names}, **search))
     member.load_state_dict({name: model.state_dict()[name] for name in member.state_dict()})
     return member.eval()
 
