@@ -2,7 +2,7 @@
 
     python benchmarks/encoding.py
 
-And what a beam is worth beside rounds of local search, in error and time. Held-out passages, a bundled quantizer, in one
+And what a beam is worth beside rounds of local search, in error and time. Held-out passages, bundled quantizers, one
 process; nothing else should run on the machine.
 """
 

@@ -74,20 +74,36 @@ def quality_wordllama() -> str:
     return quality_table("wordllama-256")
 
 
+def quality_sift() -> str:
+    """All methods on SIFT descriptors."""
+    return quality_table("sift-128")
+
+
+def quality_fashion() -> str:
+    """All methods on pictures of clothes."""
+    return quality_table("fashion-mnist-784")
+
+
 def quality_table(name: str) -> str:
     """Error, recall and, where it was measured, retrieval."""
-    lines = [
-        "| method | bytes | trained on | MSE | R@1 | R@10 | recall@10 | at norm 1 | nDCG@10 | codebooks |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for cell in cells(name):
-        ndcg = cell.get("tasks", {}).get("known_item_ndcg_at_10_asymmetric")
-        lines.append(
-            f"| {label(cell)} | {cell['bytes']:,} | {cell['training_vectors'] or 0:,} | {cell['mse']:.3f} | "
-            f"{cell['recall_at_1_1']:.3f} | {cell['recall_at_1_10']:.3f} | {cell['recall_10_at_10']:.3f} | "
-            f"{cell['recall_10_at_10_renormalised']:.3f} | {'' if ndcg is None else f'{ndcg:.3f}'} | "
-            f"{cell['codebook_bytes'] / 1e6:.1f} MB |"
-        )
+    found = cells(name)
+    columns = {
+        "bytes": lambda cell: f"{cell['bytes']:,}",
+        "trained on": lambda cell: f"{cell['training_vectors'] or 0:,}",
+        "MSE": lambda cell: f"{cell['mse']:.3f}" if cell["mse"] < 10 else f"{cell['mse']:,.0f}",
+        "R@1": lambda cell: f"{cell['recall_at_1_1']:.3f}",
+        "R@10": lambda cell: f"{cell['recall_at_1_10']:.3f}",
+        "recall@10": lambda cell: f"{cell['recall_10_at_10']:.3f}",
+        "at norm 1": lambda cell: f"{cell['recall_10_at_10_renormalised']:.3f}",
+        "nDCG@10": lambda cell: f"{cell['tasks']['known_item_ndcg_at_10_asymmetric']:.3f}" if "tasks" in cell else "",
+        "codebooks": lambda cell: f"{cell['codebook_bytes'] / 1e6:.1f} MB",
+    }
+    if not all("recall_10_at_10_renormalised" in cell for cell in found):  # vectors that have no norm of one
+        del columns["at norm 1"]
+    if not any("tasks" in cell for cell in found):
+        del columns["nDCG@10"]
+    lines = [f"| method | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
+    lines += [f"| {label(cell)} | {' | '.join(show(cell) for show in columns.values())} |" for cell in found]
     return "\n".join(lines)
 
 
@@ -207,6 +223,33 @@ def module() -> str:
         alone = f"{row['encoder alone']['texts_per_second']:.0f} texts/s"
         added = [f"{100 * row[way]['over_encoder']:+.1f} %" for way in ways]
         lines.append(f"| {size} | {alone} | {' | '.join(added)} |")
+    return "\n".join(lines)
+
+
+def encoding() -> str:
+    """What a vector's codes cost on a processor, with and without Numba."""
+    quantizers = environment.load("encoding")["quantizers"]
+    batches = next(iter(quantizers.values()))["seconds_per_vector"]["numba"]
+    lines = [
+        f"| milliseconds per vector, among | {' | '.join(f'{int(batch):,}' for batch in batches)} |",
+        f"| --- |{' ---: |' * len(batches)}",
+    ]
+    for name, row in quantizers.items():
+        for kind, label in (("numba", "with Numba"), ("torch", "without")):
+            times = [f"{1e3 * seconds:.1f}" for seconds in row["seconds_per_vector"][kind].values()]
+            lines.append(f"| `{name}`, {label} | {' | '.join(times)} |")
+    return "\n".join(lines)
+
+
+def searches() -> str:
+    """Error and time of beams and rounds of local search."""
+    lines = ["| quantizer | beam | rounds | MSE | ms per vector |", "| --- | ---: | ---: | ---: | ---: |"]
+    for name, row in environment.load("encoding")["quantizers"].items():
+        for found in row["searches"]:
+            lines.append(
+                f"| {name} | {found['beam_size']} | {found['local_search']} | {found['mse']:.4f} | "
+                f"{1e3 * found['seconds_per_vector']:.2f} |"
+            )
     return "\n".join(lines)
 
 
@@ -360,6 +403,8 @@ TABLES = {
         quality,
         quality_mpnet,
         quality_wordllama,
+        quality_sift,
+        quality_fashion,
         curve,
         engine,
         engine_cuda,
@@ -367,6 +412,8 @@ TABLES = {
         qinco,
         tasks,
         module,
+        encoding,
+        searches,
         fit,
         bundled,
         levers,
