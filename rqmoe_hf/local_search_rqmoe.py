@@ -15,7 +15,7 @@ Shapes: n vectors, m codes of each, K_m codewords of step m, T their sum over th
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -238,16 +238,22 @@ def _replace_some(
 
     The replacement depends on the round and on the codes alone, so a vector gets the same codes in any batch.
     """
-    steps = rows.shape[1]
-    generator = torch.Generator("cpu").manual_seed(first_round * 1000 + number)  # a GPU draws other numbers
-    order = torch.randperm(steps, generator=generator, device="cpu").tolist()
-    rows = rows.clone(memory_format=torch.contiguous_format)  # the kernel counts on it
-    if number:
-        for step in order[-min(steps - 1, 1 + number % 3) :]:
-            size, start = pairs.sizes[step], sum(pairs.sizes[:step])
-            shift = int(torch.randint(1, size, (), generator=generator, device="cpu"))
-            rows[:, step] = (rows[:, step] - start + shift) % size + start
+    order, shifts = _plan(first_round * 1000 + number, number, tuple(pairs.sizes[: rows.shape[1]]))
+    rows = rows.clone(memory_format=torch.contiguous_format)  # the kernels count on it
+    for step, shift in shifts:
+        size, start = pairs.sizes[step], sum(pairs.sizes[:step])
+        rows[:, step] = (rows[:, step] - start + shift) % size + start
     return rows, order
+
+
+@lru_cache(maxsize=4096)
+def _plan(seed: int, number: int, sizes: tuple[int, ...]) -> tuple[list[int], list[tuple[int, int]]]:
+    """The order of a round, and which codes are replaced by those so many places further on."""
+    generator = torch.Generator("cpu").manual_seed(seed)  # a GPU draws other numbers
+    order = torch.randperm(len(sizes), generator=generator, device="cpu").tolist()
+    replaced = order[-min(len(sizes) - 1, 1 + number % 3) :] if number else []
+    draws = [torch.randint(1, sizes[step], (), generator=generator, device="cpu") for step in replaced]
+    return order, [(step, int(shift)) for step, shift in zip(replaced, draws, strict=True)]
 
 
 def _choose_again(rows: torch.Tensor, scores: torch.Tensor, order: list[int], pairs: PairTables) -> None:
