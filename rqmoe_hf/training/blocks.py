@@ -35,6 +35,11 @@ class TrainedBlock:
     device: torch.device | str = "cpu"
 
     @cached_property
+    def checksum(self) -> int:
+        """Differs for different codebooks, so that a checkpoint is not continued on others."""
+        return zlib.crc32(b"".join(book.tobytes() for book in self.codebooks))
+
+    @cached_property
     def _books(self) -> list[torch.Tensor]:
         return [torch.from_numpy(codebook).to(self.device) for codebook in self.codebooks]
 
@@ -81,7 +86,7 @@ class Earlier:
     @property
     def checksum(self) -> int:
         """Differs for different codebooks, so that a checkpoint is not continued on others."""
-        return zlib.crc32(b"".join(book.tobytes() for block in self.blocks for book in block.codebooks))
+        return zlib.crc32(b"".join(block.checksum.to_bytes(4, "little") for block in self.blocks))
 
 
 def train_blocks(
@@ -91,6 +96,7 @@ def train_blocks(
     checkpoint: Path | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    prior: Sequence[TrainedBlock] | None = None,
     **settings: Any,
 ) -> list[TrainedBlock]:
     """Trains blocks of codebooks, one after the other.
@@ -105,17 +111,22 @@ def train_blocks(
             The caller deletes them (see [`checkpoints`]).
         seed: See [`train_lsq`].
         device: Where blocks are trained; k-means always is on the processor.
+        prior: What each block is fine-tuned from; see [`train_lsq`]. A block of one codebook stays as it is.
         settings: Of [`train_lsq`].
     """
     done: list[TrainedBlock] = []
     for number, sizes in enumerate(blocks):
         earlier = Earlier(done)
+        if len(sizes) == 1 and prior is not None:
+            done.append(prior[number])
+            continue
         if len(sizes) == 1:
             left = earlier.leave(np.arange(len(vectors)), torch.from_numpy(vectors).to(device), 0)
             done.append(_kmeans(left.cpu().numpy(), sizes[0], seed + number, device))
             continue
         file = None if checkpoint is None else checkpoint.with_stem(f"{checkpoint.stem}-{number}")
         known = settings | {"source": source, "earlier": earlier, "checkpoint": file, "device": device}
+        known |= {"prior": None if prior is None else prior[number]}
         found = train_lsq(vectors, sizes, seed=seed + number, **known)
         done.append(TrainedBlock(*found, device))
     return done

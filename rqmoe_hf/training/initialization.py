@@ -83,7 +83,7 @@ def initialize(
         blocks = [sizes[block] for block in blocks_of(config, config.num_codebooks)]
         for block in blocks:
             _check_lsq(block)
-        standardised = _standardised(embeddings, mean.astype(np.float32), np.float32(np.sqrt(variance)))
+        standardised = standardize(embeddings, mean.astype(np.float32), np.float32(np.sqrt(variance)))
         device = model.codebooks.device if model.codebooks.is_cuda else torch.device("cpu")  # MPS has no float64
         source = NeighborJitter(
             standardised, mean / np.sqrt(variance), show_progress_bar=show_progress_bar, device=device
@@ -95,7 +95,7 @@ def initialize(
         codebooks = _pad(ordered, config.codebook_size)
     else:
         rows = np.random.default_rng(seed).permutation(len(embeddings))[:sample_size]
-        sample = _standardised(embeddings[np.sort(rows)], mean, np.sqrt(variance))
+        sample = standardize(embeddings[np.sort(rows)], mean, np.sqrt(variance))
         codebooks = _rq_codebooks(sample, model, beam_size, seed)
     with torch.no_grad():
         model.mean.copy_(torch.from_numpy(mean))
@@ -116,7 +116,7 @@ def _moments(embeddings: np.ndarray) -> tuple[np.ndarray, float]:
     return mean, (squares / len(embeddings)).mean()
 
 
-def _standardised(embeddings: np.ndarray, mean: np.ndarray, scale: np.floating) -> np.ndarray:
+def standardize(embeddings: np.ndarray, mean: np.ndarray, scale: np.ndarray | np.floating) -> np.ndarray:
     """Embeddings less their mean, over their scale, float32 `(n, d)`."""
     result = np.empty(embeddings.shape, np.float32)
     for start in range(0, len(embeddings), BLOCK):

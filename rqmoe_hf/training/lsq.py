@@ -29,6 +29,7 @@ BATCH, DEVICE_BATCH = 8192, 32_768  # vectors that are searched at a time
 BATCH_SIZE = 65_536
 FINAL_ROUNDS = 10
 TEMPERATURE = 1.0
+PRIOR_RIDGE = 6.0  # vectors that a codeword to stay near counts as
 JITTER, MAX_JITTER = 3.0, 0.5  # energy of what vectors are moved by, as a share of the error: per codeword and vector
 DOUBLE_COLUMNS = 4096  # equations that are solved in double precision
 SAVING_SHARE = 0.1  # of the time, at most, goes into writing checkpoints
@@ -47,6 +48,18 @@ class EarlierCodebooks(Protocol):
         ...
 
 
+class PriorCodebooks(Protocol):
+    """What [`train_lsq`] asks of codebooks that it fine-tunes."""
+
+    codebooks: list[np.ndarray]
+    codes: np.ndarray
+
+    @property
+    def checksum(self) -> int:
+        """Differs for different codebooks."""
+        ...
+
+
 def train_lsq(
     vectors: np.ndarray,
     sizes: Sequence[int],
@@ -62,6 +75,7 @@ def train_lsq(
     keep: tuple[float, float] = (0.6, 0.9),
     source: NeighborJitter | None = None,
     earlier: EarlierCodebooks | None = None,
+    prior: PriorCodebooks | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Trains codebooks whose sums approximate the vectors.
@@ -84,6 +98,8 @@ def train_lsq(
         keep: Weight of all older rounds in the fit to the next, during the annealing and in the final rounds.
         source: Of the moved vectors; default one of these vectors, as if nothing had been subtracted from them.
         earlier: Codebooks that come before these. What they leave of the vectors is what these are trained on.
+        prior: Codebooks to begin with and to stay near, and codes of the vectors in them: fine-tuning. The fit is the
+            posterior mean of codewords that are Gaussian around these.
         device: Where to train. The codebooks differ between devices, and on GPUs a little between runs.
 
     Returns:
@@ -93,8 +109,8 @@ def train_lsq(
     final_rounds = max(FINAL_ROUNDS, -(-len(vectors) // size)) if final_rounds is None else final_rounds
     jitter = min(MAX_JITTER, JITTER * sum(sizes) / len(vectors)) if jitter is None else jitter
     run = [*vectors.shape, rounds, final_rounds, search_rounds, size, seed, temperature, jitter, *keep, *sizes]
-    run += [] if earlier is None else [earlier.checksum]
-    state = _State(sizes, vectors.shape, seed, torch.device(device))
+    run += [known.checksum for known in (earlier, prior) if known is not None]
+    state = _State(sizes, vectors.shape, seed, torch.device(device), prior)
     state.restore(checkpoint, run)
     source = source or NeighborJitter(vectors, show_progress_bar=show_progress_bar, device=device)
     total = rounds + final_rounds
@@ -105,7 +121,7 @@ def train_lsq(
         if earlier is not None:
             batch = earlier.leave(rows, batch, number)
         before = state.codes_of(rows)
-        if not number:
+        if not number and prior is None:
             state.deviation = batch.std(dim=0, correction=0)
             state.fit.add(before, batch)
             state.codewords = state.fit.solve(1.0)
@@ -114,8 +130,7 @@ def train_lsq(
         codes = _improve(before, batch, perturbed.split(sizes), search_rounds, number)
         state.codes[rows] = codes.cpu().numpy()
         state.error = _error(codes, batch, state.codewords, sizes)
-        state.fit.add(codes, batch, keep[number >= rounds])
-        state.codewords = state.fit.solve(_ridge(state.error, state.codewords))
+        state.take_in(codes, batch, keep[number >= rounds])
         state.done += 1
         state.keep(checkpoint, run, state.done == total)
         bar.set_postfix(error=f"{state.error:.4g}")
@@ -132,7 +147,15 @@ def batch_rows(device: torch.device) -> int:
 class _State:
     """What a run is after some rounds: codes, codewords, and the fit that they come from."""
 
-    def __init__(self, sizes: list[int], shape: tuple[int, ...], seed: int, device: torch.device):
+    def __init__(
+        self,
+        sizes: list[int],
+        shape: tuple[int, ...],
+        seed: int,
+        device: torch.device,
+        prior: PriorCodebooks | None = None,
+    ):
+        self.sizes, self.prior = sizes, None
         self.done, self.error, total = 0, 0.0, sum(sizes)
         self.codes = np.random.default_rng(seed).integers(sizes, size=(shape[0], len(sizes))).astype(np.uint16)
         self.codewords = torch.zeros(total, shape[1], device=device)
@@ -141,6 +164,18 @@ class _State:
         solvable = total <= MAX_COLUMNS
         self.fit = RunningFit(sizes, shape[1], kind, device) if solvable else RecentFit(sizes, shape[1], device)
         self.saved, self.saving = time.perf_counter(), 0.0  # when a checkpoint was written, and how long it took
+        if prior is not None:
+            self.codes = prior.codes.astype(np.uint16)
+            self.prior = self.codewords = torch.from_numpy(np.concatenate(prior.codebooks)).to(device)
+
+    def take_in(self, codes: torch.Tensor, vectors: torch.Tensor, keep: float) -> None:
+        """Adds a round to the fit, and solves it."""
+        if self.prior is None:
+            self.fit.add(codes, vectors, keep)
+            self.codewords = self.fit.solve(_ridge(self.error, self.codewords))
+        else:  # the fit is of what is added to the codewords, and that is small
+            self.fit.add(codes, vectors - _sums(codes, self.prior, self.sizes), keep)
+            self.codewords = self.prior + self.fit.solve(PRIOR_RIDGE)
 
     def codes_of(self, rows: np.ndarray) -> torch.Tensor:
         """Codes of some vectors, int64 `(k, M)` on the device."""
@@ -204,9 +239,11 @@ def _perturb(codewords: torch.Tensor, deviation: torch.Tensor, seed: list[int]) 
 def _error(codes: torch.Tensor, vectors: torch.Tensor, codewords: torch.Tensor, sizes: list[int]) -> float:
     """Mean squared error of some of the vectors, by codewords that are not perturbed."""
     some = slice(0, 2 * BATCH)
-    rows = codes[some] + torch.from_numpy(starts_of(sizes)).to(codes.device)
-    restored = F.embedding_bag(rows, codewords, mode="sum")
-    return float((vectors[some] - restored).square().sum(dim=1).mean())
+    return float((vectors[some] - _sums(codes[some], codewords, sizes)).square().sum(dim=1).mean())
+
+
+def _sums(codes: torch.Tensor, codewords: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    return F.embedding_bag(codes + torch.from_numpy(starts_of(sizes)).to(codes.device), codewords, mode="sum")
 
 
 def _ridge(error: float, codewords: torch.Tensor) -> float:

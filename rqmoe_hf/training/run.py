@@ -18,6 +18,7 @@ from ..evaluation import evaluate
 from ..modeling_rqmoe import RQMoEModel
 from ..record import RECORD_FILE, TRAINING_FILE, measure
 from ..saving import round_weights, save_whole, write_text
+from .adaptation import adapt
 from .blocks import checkpoints
 from .initialization import initialize
 from .lsq import TEMPERATURE
@@ -65,7 +66,7 @@ def train_quantizer(
 
     If the additive quantizer that a new model starts from has a lower error on `eval_dataset` in the end (few vectors,
     few epochs), it is saved instead, and a warning says so. Additive quantizers started by LSQ are complete as they
-    are: `num_train_epochs` means nothing to them.
+    are, and those that are fine-tuned are so by least squares ([`adapt`]): `num_train_epochs` means nothing to them.
 
     Beside the weights stand the training log, what the training was (`training.json`) and its evaluation on
     `eval_dataset` (`evaluation.json`): `push_to_hub` makes the card from them.
@@ -79,17 +80,23 @@ def train_quantizer(
     checkpoint = last_complete_checkpoint(Path(args.output_dir))
     set_seed(args.seed)  # the Trainer seeds too, but the experts' random weights come before it
     quantizer = RQMoEModel(model) if isinstance(model, RQMoEConfig) else model
-    if checkpoint is None and not quantizer.is_initialized and args.process_index == 0:
-        annealing = (init_rounds, init_temperature)
-        _start(quantizer, train_dataset, args, init_method, init_sample_size, init_beam_size, annealing)
+    without_gradients = not quantizer.config.has_experts and (
+        init_method == "lsq" if isinstance(model, RQMoEConfig) else quantizer.config.local_search > 0
+    )
+    if checkpoint is None and args.process_index == 0:
+        if not quantizer.is_initialized:
+            annealing = (init_rounds, init_temperature)
+            _start(quantizer, train_dataset, args, init_method, init_sample_size, init_beam_size, annealing)
+        elif without_gradients:
+            _adapt(quantizer, train_dataset, eval_dataset, args, init_sample_size)
     if checkpoint is not None:
         quantizer = RQMoEModel.from_pretrained(checkpoint, dtype=torch.float32)
     share_weights(quantizer, args)
     trainer = RQMoETrainer(model=quantizer, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset)
-    if quantizer.config.has_experts or init_method == "rq" or not isinstance(model, RQMoEConfig):
-        trainer.train(resume_from_checkpoint=checkpoint)
-    else:  # least squares have found what gradients would look for
+    if without_gradients:  # least squares have found what gradients would look for
         trainer.evaluate()
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
     trained = quantizer = trainer.accelerator.unwrap_model(trainer.model)
     if trainer.is_world_process_zero():
         vectors = as_array(eval_dataset, np.arange(min(len(eval_dataset), MAX_EVALUATION_VECTORS)))
@@ -132,6 +139,33 @@ def _start(
     initialize(quantizer, sample, *settings, rounds, show_progress_bar=not args.disable_tqdm, temperature=temperature)
     if quantizer.config.has_experts:
         save_whole(additive_member(quantizer, method), folder / ADDITIVE_FOLDER, {}, False)
+
+
+def _adapt(
+    quantizer: RQMoEModel,
+    dataset: Dataset | IterableDataset,
+    held_out: Dataset,
+    args: RQMoETrainingArguments,
+    sample_size: int,
+) -> None:
+    """Fine-tunes an additive quantizer, and takes that back if it is no better for it."""
+    if args.device.type == "cuda":
+        torch.nn.Module.to(quantizer.eval(), args.device)
+    vectors = as_array(held_out, np.arange(min(len(held_out), MAX_EVALUATION_VECTORS)))
+    weights = {name: weight.clone() for name, weight in quantizer.state_dict().items()}
+    before = evaluate(quantizer.eval(), vectors)[0].mse
+    sample = sample_array(dataset, max(LSQ_ROWS, sample_size), args.seed)
+    file = Path(str(args.output_dir)) / LSQ_FILE
+    adapt(quantizer, sample, sample_size, args.seed, file, show_progress_bar=not args.disable_tqdm)
+    after = evaluate(quantizer, vectors)[0].mse
+    if after >= before:
+        logger.warning(
+            "Fine-tuning would raise the validation error from %.4g to %.4g: the quantizer stays as it was. The "
+            "embeddings are too few for it, or like those that it was trained on.",
+            before,
+            after,
+        )
+        quantizer.load_state_dict(weights)
 
 
 def additive_member(model: RQMoEModel, init_method: str) -> RQMoEModel:
