@@ -12,8 +12,9 @@ from .record import EvaluationRecord
 MIN_VECTORS = 300  # fewer make every figure noise
 NORM_TOLERANCE = 0.05
 # Errors are times the card's; recall@10 and entropy (bits per code) below the card's. Chosen by benchmarks/fit.py:
-# English Wikipedia (1.27 times the error, 0.6 bits) gains more from fine-tuning; narrow collections and other
-# languages (from 1.2 times the error, but more than one bit: most codewords lie idle) gain more from new training.
+# quantizers with experts gain more from fine-tuning on English Wikipedia (1.27 times the error, 0.6 bits), and more
+# from new training on narrow collections and other languages (from 1.2 times the error, but more than one bit: most
+# codewords lie idle). Those of LSQ, which are fine-tuned by least squares, gain more from that.
 TRUST_ERROR, TRUST_RECALL = 1.15, 0.05
 RETRAIN_ERROR, RETRAIN_RECALL, RETRAIN_ENTROPY = 2.0, 0.2, 1.0
 VERDICTS = {
@@ -78,11 +79,11 @@ def check_fit(model: RQMoEModel, embeddings: np.ndarray, record: EvaluationRecor
         mean_norm=(float(np.linalg.norm(database, axis=1).mean()), record.mean_norm),
         code_entropy=(float(np.mean(found.code_entropy)), record.at_size("code_entropy", len(database))),
     )
-    _judge(fit)
+    _judge(fit, least_squares=not model.config.has_experts and model.config.local_search > 0)
     return fit
 
 
-def _judge(fit: FitReport) -> None:
+def _judge(fit: FitReport, least_squares: bool) -> None:
     """Sets verdict and reasons from the figures."""
     error = fit.mse[0] / max(fit.mse[1], 1e-12)
     lost = fit.recall_10_at_10[1] - fit.recall_10_at_10[0]
@@ -100,7 +101,7 @@ def _judge(fit: FitReport) -> None:
     if idle > RETRAIN_ENTROPY:
         fit.reasons.append(f"the codes carry {idle:.1f} bits less each than on the card's texts: codewords lie idle")
     hopeless = abs(norm - 1) > NORM_TOLERANCE or error > RETRAIN_ERROR or lost > RETRAIN_RECALL
-    if hopeless or (fit.reasons and idle > RETRAIN_ENTROPY):
+    if hopeless or (fit.reasons and idle > RETRAIN_ENTROPY and not least_squares):
         fit.verdict = "retrain"
     elif fit.reasons:
         fit.verdict = "fine-tune"

@@ -7,7 +7,7 @@ import pytest
 
 from rqmoe_hf import RQMoEConfig, RQMoEModel
 from rqmoe_hf.evaluation import nearest_neighbors, recalls
-from rqmoe_hf.fit import check_fit
+from rqmoe_hf.fit import FitReport, _judge, check_fit
 from rqmoe_hf.record import EvaluationRecord, load_record, measure
 from rqmoe_hf.saving import weights_checksum
 from rqmoe_hf.training import initialize
@@ -88,6 +88,14 @@ def test_a_narrow_collection_asks_for_a_quantizer_of_its_own(trained, clustered,
     assert fit.verdict == "retrain"
     assert fit.code_entropy[0] < fit.code_entropy[1] - 1
     assert "codewords lie idle" in fit.reasons[-1]
+
+
+@pytest.mark.parametrize(("least_squares", "verdict"), [(True, "fine-tune"), (False, "retrain")])
+def test_a_narrow_collection_is_enough_to_fine_tune_lsq(least_squares, verdict):
+    """The figures of Python's documentation with `minilm-384-8-bytes`, which gains more from that."""
+    fit = FitReport("trust", [], 5400, (0.335, 0.262), (0.62, 0.50), (1.0, 1.0), (7.7, 10.2))
+    _judge(fit, least_squares)
+    assert fit.verdict == verdict and len(fit.reasons) == 2
 
 
 def test_too_small_a_sample_is_refused(trained, clustered, record):
