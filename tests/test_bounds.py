@@ -148,7 +148,7 @@ def test_statistics_are_those_of_numpy(monkeypatch):
     np.testing.assert_allclose(mean, embeddings.mean(axis=0, dtype=np.float64))
     np.testing.assert_allclose(variance, embeddings.var(axis=0, dtype=np.float64).mean())
     expected = (embeddings - mean) / variance**0.5
-    np.testing.assert_allclose(initialization._standardised(embeddings, mean, variance**0.5), expected, rtol=1e-6)
+    np.testing.assert_allclose(initialization.standardize(embeddings, mean, variance**0.5), expected, rtol=1e-6)
 
 
 # --- the index -------------------------------------------------------------------------------------------------------
