@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from .decoding_rqmoe import decode_codes
 from .encoding_rqmoe import CPU_CHUNK_BYTES, DEVICE_CHUNK_BYTES, Tables
-from .numba_rqmoe import TILE, can_sweep, sweep_codes
+from .numba_rqmoe import TILE, can_sweep, keep_better, sweep_codes
 from .triton_rqmoe import can_choose, choose_codes
 
 MAX_PAIRS = 1 << 30  # entries of the table of pairs: 2 GiB
@@ -191,7 +191,7 @@ def local_search(
     """
     steps = codes.shape[1]
     starts = pairs.starts[:steps]
-    best = codes + starts  # rows of pairs.codewords
+    best = (codes + starts).contiguous()  # rows of pairs.codewords
     restored = _sums(best, pairs) if decode is None else decode(codes)
     error = (target - restored).square().sum(-1)
     if steps == 1 or not rounds:
@@ -202,6 +202,9 @@ def local_search(
             scores = _scores(target - restored + _sums(best, pairs), steps, pairs, batch_invariant)
         trial, order = _replace_some(best, pairs, number, first_round)
         _choose_again(trial, scores, order, pairs)
+        if pairs.tiled and decode is None:
+            keep_better(trial, best, restored, error, target, pairs.codewords)
+            continue
         trial_restored = _sums(trial, pairs) if decode is None else decode(trial - starts)
         trial_error = (target - trial_restored).square().sum(-1)
         better = (trial_error < error)[:, None]

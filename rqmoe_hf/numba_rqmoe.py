@@ -59,14 +59,43 @@ def sweep_codes(
         order: The steps, in turn.
     """
     own, products = (part.detach().numpy().view(np.uint16) for part in (scores, table))
-    parts = max(1, min(torch.get_num_threads(), len(rows) // THREAD_ROWS))
-    jobs = list(zip(np.array_split(rows.numpy(), parts), np.array_split(own, parts), strict=True))
-    constant: tuple[Any, ...] = (products, ranks, places, bounds, columns, np.array(order))
+    _spread(_sweep, (rows.numpy(), own), (products, ranks, places, bounds, columns, np.array(order)))
+
+
+def keep_better(
+    trial: torch.Tensor,
+    best: torch.Tensor,
+    restored: torch.Tensor,
+    error: torch.Tensor,
+    target: torch.Tensor,
+    codewords: torch.Tensor,
+) -> None:
+    """Puts codes in the place of the best so far, in place, where the sums of their codewords are closer.
+
+    With PyTorch's operations instead, which use several threads one after the other, threads that wait for the next of
+    them would keep the processor busy while [`sweep_codes`] runs.
+
+    Args:
+        trial: int64 `(n, m)`, as `rows` of [`sweep_codes`].
+        best: int64 `(n, m)`.
+        restored: float32 `(n, d)`, sums of the best.
+        error: float32 `(n,)`, squared distance of these from the target.
+        target: float32 `(n, d)`.
+        codewords: float32 `(T, d)`.
+    """
+    parts = tuple(part.detach().numpy() for part in (trial, best, restored, error, target))
+    _spread(_keep_better, parts, (codewords.detach().numpy(),))
+
+
+def _spread(work: Callable, rows: tuple[np.ndarray, ...], constant: tuple[Any, ...]) -> None:
+    """Divides rows among threads."""
+    parts = max(1, min(torch.get_num_threads(), len(rows[0]) // THREAD_ROWS))
     if parts == 1:
-        _sweep(*jobs[0], *constant)
+        work(*rows, *constant)
         return
+    jobs = zip(*(np.array_split(part, parts) for part in rows), strict=True)
     with ThreadPoolExecutor(parts) as pool:  # Numba's own threads must not be entered from two threads
-        for done in [pool.submit(_sweep, *job, *constant) for job in jobs]:
+        for done in [pool.submit(work, *job, *constant) for job in jobs]:
             done.result()
 
 
@@ -186,3 +215,17 @@ if _WORKS:
                     best[row] = min(best[row], found)
             for row in range(count):
                 rows[row, step] = bounds[step] + places[columns[step] + (best[row] & 0xFFFF)]
+
+    @_compiled
+    def _keep_better(trial, best, restored, error, target, codewords):
+        count, steps = trial.shape
+        total = np.empty(target.shape[1], np.float32)
+        for row in range(count):
+            total[:] = 0
+            for step in range(steps):
+                total += codewords[trial[row, step]]
+            found = np.float32(0)
+            for place in range(len(total)):
+                found += (target[row, place] - total[place]) ** 2
+            if found < error[row]:
+                best[row], restored[row], error[row] = trial[row], total, found
