@@ -115,6 +115,7 @@ benchmark: benchmark-sets
 	  $(BIN)/python benchmarks/quality.py --set $$set --limit 100000 && \
 	  $(BIN)/python benchmarks/quality.py --set $$set --limit 100000 --methods $(ADDITIVE) || exit 1; done
 	$(BIN)/python benchmarks/levers.py
+	$(BIN)/python benchmarks/encoding.py
 	$(BIN)/python benchmarks/module.py --encoder "$(ENCODER)"
 	$(BIN)/python benchmarks/fit.py --encoder "$(ENCODER)"
 	$(BIN)/python benchmarks/search.py --set minilm-384 --database 500000 --ours minilm-384-32-bytes:13 minilm-384-32-bytes

@@ -22,7 +22,7 @@ from rqmoe_hf.bundled import load_quantizer
 
 BATCHES = (1, 16, 256, 4096)
 SEARCHES = ((4, 16), (1, 16), (1, 32), (1, 64), (2, 32), (4, 32), (4, 64))  # beam, rounds
-CALLS = 20  # for batches of one
+CALLS = 20  # that are timed; three of the largest batch
 
 
 def load_without_numba(name: str) -> RQMoEModel:

@@ -79,11 +79,6 @@ def quality_sift() -> str:
     return quality_table("sift-128")
 
 
-def quality_fashion() -> str:
-    """All methods on pictures of clothes."""
-    return quality_table("fashion-mnist-784")
-
-
 def quality_table(name: str) -> str:
     """Error, recall and, where it was measured, retrieval."""
     found = cells(name)
@@ -404,7 +399,6 @@ TABLES = {
         quality_mpnet,
         quality_wordllama,
         quality_sift,
-        quality_fashion,
         curve,
         engine,
         engine_cuda,

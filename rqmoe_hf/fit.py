@@ -14,7 +14,8 @@ NORM_TOLERANCE = 0.05
 # Errors are times the card's; recall@10 and entropy (bits per code) below the card's. Chosen by benchmarks/fit.py:
 # quantizers with experts gain more from fine-tuning on English Wikipedia (1.27 times the error, 0.6 bits), and more
 # from new training on narrow collections and other languages (from 1.2 times the error, but more than one bit: most
-# codewords lie idle). Those of LSQ, which are fine-tuned by least squares, gain more from that.
+# codewords lie idle): the quantizer of benchmarks/recipes. The error of those of LSQ, which are fine-tuned by least
+# squares, falls more by that.
 TRUST_ERROR, TRUST_RECALL = 1.15, 0.05
 RETRAIN_ERROR, RETRAIN_RECALL, RETRAIN_ENTROPY = 2.0, 0.2, 1.0
 VERDICTS = {

@@ -144,7 +144,8 @@ def build_pair_tables(codebooks: Sequence[torch.Tensor]) -> PairTables:
     norms = codewords.square().sum(-1)
     large = norms.kthvalue(1 + 9 * (len(norms) - 1) // 10)[0]  # neither that of codewords far out nor of unused ones
     unit = 1 / (len(sizes) * float(large) or 1.0)
-    tiled = can_sweep(codewords.device, max(sizes))
+    filled = sum(-(-size // TILE) * TILE for size in sizes)  # of many small codebooks much more than there is
+    tiled = can_sweep(codewords.device, max(sizes)) and filled * len(codewords) <= MAX_PAIRS
     columns, norms = codewords, unit * norms
     if tiled:
         columns, norms = _fill_up(codewords, sizes, 0.0), _fill_up(norms, sizes, torch.inf)

@@ -153,8 +153,8 @@ class OursAdditive:
         sizes = [codewords for block in blocks for codewords in block]
         self.rounds = rounds
         self.code_bits, self.codebook_bytes = 8 * size, 4 * dimension * sum(sizes)
-        settings = {"num_codebooks": len(sizes), "codebook_size": max(sizes), "local_search": LOCAL_SEARCH}
-        settings["beam_size"] = LOCAL_SEARCH_BEAM
+        settings = {"num_codebooks": len(sizes), "codebook_size": max(sizes)}
+        settings |= {"beam_size": LOCAL_SEARCH_BEAM, "local_search": LOCAL_SEARCH}
         settings |= {"search_blocks": [len(block) for block in blocks]} if len(blocks) > 1 else {}
         config = RQMoEConfig.additive(hidden_size=dimension, codebook_sizes=sizes, **settings)
         self.model = RQMoEModel(config).to(best_device())

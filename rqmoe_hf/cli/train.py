@@ -60,7 +60,7 @@ def train(
     evaluation: Annotated[str | None, typer.Option(help="Held-out embeddings. Default: taken from the rest.")] = None,
     evaluation_size: Annotated[int, typer.Option(help="Held-out embeddings to use.")] = 5_000,
     start_from: Annotated[
-        str | None, typer.Option("--from", help="Fine-tune this quantizer; one of LSQ without gradients, in a minute.")
+        str | None, typer.Option("--from", help="Fine-tune this quantizer; one of LSQ without gradients.")
     ] = None,
     member: Annotated[Member, typer.Option(help="Kind of quantizer.")] = Member.rqmoe,
     additive: Annotated[
