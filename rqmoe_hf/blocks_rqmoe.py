@@ -49,6 +49,8 @@ def find_codes(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Beam search, then local search, of each block.
 
+    A beam of one is left to the local search of an additive quantizer, which has all distances anyway.
+
     Args:
         target: Standardised vectors, float32 `(n, d)`.
         tables_for: Gives the tables of a dtype, of the block that begins at a step.
@@ -65,9 +67,13 @@ def find_codes(
     for block in blocks:
         tables, steps = partial(_tables_of, tables_for, block.start), block.stop - block.start
         left = target if restored is None else target - restored
-        found, near = encode_vectors(left, tables, dtype, num_codebooks=steps, settle_ties=settle_ties, **search)
-        if local_search:
-            found, near = refine_codes(left, found, tables(dtype), local_search, batch_invariant=settle_ties)
+        known = tables(dtype)
+        if local_search and search["beam_size"] == 1 and known.features is None:
+            found, near = refine_codes(left, None, known, steps, local_search, settle_ties)
+        else:
+            found, near = encode_vectors(left, tables, dtype, num_codebooks=steps, settle_ties=settle_ties, **search)
+            if local_search:
+                found, near = refine_codes(left, found, known, steps, local_search, settle_ties)
         codes.append(found)
         restored = near if restored is None else restored + near
     assert restored is not None  # there is a block

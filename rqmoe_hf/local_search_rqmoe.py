@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from .decoding_rqmoe import decode_codes
 from .encoding_rqmoe import CPU_CHUNK_BYTES, DEVICE_CHUNK_BYTES, Tables
-from .numba_rqmoe import TILE, can_sweep, keep_better, sweep_codes
+from .numba_rqmoe import FEW, TILE, Layout, Plan, can_sweep, empty_table, product, search_codes, sweep_codes
 from .triton_rqmoe import can_choose, choose_codes
 
 MAX_PAIRS = 1 << 30  # entries of the table of pairs: 2 GiB
@@ -49,7 +49,7 @@ class PairTables:
     tiled: bool
     columns: torch.Tensor  # (C, d) float32: the codewords, and what fills up
     norms: torch.Tensor  # (C,) float32, squared, in units
-    table: torch.Tensor  # (C * T,) float16, per step (T, K_m), or (tiles, T, TILE): see `products`
+    table: torch.Tensor  # 2 * codewords @ columns.T, in units, float16: (T, C) if tiled, else flat, step after step
 
     @cached_property
     def widths(self) -> list[int]:
@@ -58,10 +58,11 @@ class PairTables:
 
     @cached_property
     def products(self) -> list[torch.Tensor]:
-        """2 * codewords @ codewords of each step, in units: float16 `(tiles, T, width)`, of one tile if not tiled."""
-        parts = self.table.split([len(self.codewords) * width for width in self.widths])
-        tiles = [TILE if self.tiled else width for width in self.widths]
-        return [part.view(-1, len(self.codewords), tile) for part, tile in zip(parts, tiles, strict=True)]
+        """The part of the table of each step: float16 `(T, width)`."""
+        rows = len(self.codewords)
+        if self.tiled:
+            return list(self.table.split(self.widths, dim=1))
+        return [part.view(rows, -1) for part in self.table.split([rows * width for width in self.widths])]
 
     @cached_property
     def exact(self) -> torch.Tensor:
@@ -69,18 +70,15 @@ class PairTables:
         return self.columns.double()
 
     @cached_property
-    def layout(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """What [`sweep_codes`] wants to know: ranks, places, bounds and columns.
-
-        A rank says where [`_smallest`] looks for a column, of several equal ones.
-        """
+    def layout(self) -> Layout:
+        """What compiled search wants to know. A rank says where [`_smallest`] looks for a column."""
         ranks, places = [], []
         for size, width in zip(self.sizes, self.widths, strict=True):
             numbers, folded = np.arange(size), _width(size)
             ranks += [numbers % folded * (size // folded) + numbers // folded, np.arange(size, width)]
             places += [np.argsort(ranks[-2]), ranks[-1]]
         ranked, placed = (np.concatenate(part).astype(np.int32) for part in (ranks, places))
-        return ranked, placed, np.cumsum([0, *self.sizes]), np.cumsum([0, *self.widths])
+        return Layout(ranked, placed, np.cumsum([0, *self.sizes]), np.cumsum([0, *self.widths]))
 
     def step(self, number: int) -> slice:
         """Columns of a step."""
@@ -89,15 +87,23 @@ class PairTables:
 
 
 def refine_codes(
-    target: torch.Tensor, codes: torch.Tensor, tables: Tables, rounds: int, batch_invariant: bool = True
+    target: torch.Tensor,
+    codes: torch.Tensor | None,
+    tables: Tables,
+    steps: int,
+    rounds: int,
+    batch_invariant: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Local search with the tables of a model, in chunks of bounded memory; see [`local_search`]."""
-    steps = codes.shape[1]
+    """Local search for codes of `steps` steps with the tables of a model, in chunks of bounded memory.
+
+    See [`local_search`]. Without codes, which only an additive quantizer can do, it begins with greedy ones.
+    """
     decode = None if tables.features is None else lambda trial: decode_codes(trial, tables)
     budget = CPU_CHUNK_BYTES if decode else CPU_SEARCH_BYTES
     budget = budget if target.device.type == "cpu" else DEVICE_CHUNK_BYTES
     rows = max(1, budget // (2 * steps * tables.first.shape[0] + 16 * target.shape[1]))
-    refined, restored = torch.empty_like(codes), torch.empty_like(target)
+    refined = torch.empty(len(target), steps, dtype=torch.long, device=target.device)
+    restored = torch.empty_like(target)
     with torch.autocast(target.device.type, enabled=False):
         if steps not in tables.pairs:
             codebooks = additive_codebooks(tables, steps)
@@ -106,7 +112,8 @@ def refine_codes(
             tables.pairs[steps] = build_pair_tables(parts)
         for start in range(0, len(target), rows):
             part = slice(start, start + rows)
-            found = local_search(target[part], codes[part], tables.pairs[steps], rounds, decode, batch_invariant)
+            given = steps if codes is None else codes[part]
+            found = local_search(target[part], given, tables.pairs[steps], rounds, decode, batch_invariant)
             refined[part], restored[part] = found
     return refined, restored
 
@@ -149,12 +156,15 @@ def build_pair_tables(codebooks: Sequence[torch.Tensor]) -> PairTables:
     columns, norms = codewords, unit * norms
     if tiled:
         columns, norms = _fill_up(codewords, sizes, 0.0), _fill_up(norms, sizes, torch.inf)
-    table = torch.empty(len(columns) * len(codewords), dtype=torch.float16, device=codewords.device)
+    if tiled:
+        table = empty_table(len(codewords), len(columns))
+    else:
+        table = torch.empty(len(columns) * len(codewords), dtype=torch.float16, device=codewords.device)
     pairs = PairTables(codewords, sizes, starts, unit, tiled, columns, norms, table)
-    for part, product in zip(columns.split(pairs.widths), pairs.products, strict=True):
+    for part, products in zip(columns.split(pairs.widths), pairs.products, strict=True):
         for rows in range(0, len(codewords), PAIR_ROWS):
-            energies = _half(codewords[rows : rows + PAIR_ROWS] @ (2 * unit * part.T), MAX_ENERGY / len(sizes))
-            product[:, rows : rows + PAIR_ROWS] = energies.unflatten(1, (-1, product.shape[2])).transpose(0, 1)
+            energies = codewords[rows : rows + PAIR_ROWS] @ (2 * unit * part.T)
+            products[rows : rows + PAIR_ROWS] = _half(energies, MAX_ENERGY / len(sizes))
     return pairs
 
 
@@ -168,7 +178,7 @@ def _fill_up(values: torch.Tensor, sizes: list[int], value: float) -> torch.Tens
 
 def local_search(
     target: torch.Tensor,
-    codes: torch.Tensor,
+    codes: torch.Tensor | int,
     pairs: PairTables,
     rounds: int,
     decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
@@ -179,7 +189,8 @@ def local_search(
 
     Args:
         target: float32 `(n, d)`, standardised.
-        codes: int64 `(n, m)`, where to start; m may be less than the tables' M.
+        codes: int64 `(n, m)`, where to start; m may be less than the tables' M. Or only m: start with greedy codes,
+            each the best one given those before it. That needs an additive quantizer.
         pairs: Tables of the codebooks, or of an additive approximation of the decoder.
         rounds: Starting points: first the codes themselves, then the best so far with a few of them replaced.
         decode: Decoder of codes `(n, m)` to `(n, d)`. `None`: the sum of the tables' codewords.
@@ -190,28 +201,85 @@ def local_search(
     Returns:
         Codes and their reconstructions. No vector ends with a larger error than it began with.
     """
-    steps = codes.shape[1]
-    starts = pairs.starts[:steps]
-    best = (codes + starts).contiguous()  # rows of pairs.codewords
-    restored = _sums(best, pairs) if decode is None else decode(codes)
+    if decode is not None and not isinstance(codes, int):
+        return _search_around(decode, target, codes, pairs, rounds, batch_invariant, first_round)
+    steps = codes if isinstance(codes, int) else codes.shape[1]
+    scores = _scores(target, steps, pairs, batch_invariant)
+    rounds = rounds if steps > 1 else 0
+    if pairs.tiled:
+        return _search_compiled(target, codes, scores, pairs, rounds, first_round)
+    best = _greedy(scores, steps, pairs) if isinstance(codes, int) else codes + pairs.starts[:steps]
+    restored = _sums(best, pairs)
     error = (target - restored).square().sum(-1)
-    if steps == 1 or not rounds:
-        return codes, restored
-    scores = _scores(target, steps, pairs, batch_invariant) if decode is None else target  # with a decoder, per round
     for number in range(rounds):
-        if decode is not None:
-            scores = _scores(target - restored + _sums(best, pairs), steps, pairs, batch_invariant)
         trial, order = _replace_some(best, pairs, number, first_round)
         _choose_again(trial, scores, order, pairs)
-        if pairs.tiled and decode is None:
-            keep_better(trial, best, restored, error, target, pairs.codewords)
-            continue
-        trial_restored = _sums(trial, pairs) if decode is None else decode(trial - starts)
-        trial_error = (target - trial_restored).square().sum(-1)
-        better = (trial_error < error)[:, None]
-        best, restored = torch.where(better, trial, best), torch.where(better, trial_restored, restored)
-        error = torch.minimum(error, trial_error)
+        best, restored, error = _keep_better(target, (trial, _sums(trial, pairs)), (best, restored, error))
+    return best - pairs.starts[:steps], restored
+
+
+def _search_compiled(
+    target: torch.Tensor,
+    codes: torch.Tensor | int,
+    scores: torch.Tensor,
+    pairs: PairTables,
+    rounds: int,
+    first_round: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[`local_search`] with [`search_codes`]."""
+    begin, target = isinstance(codes, int), target.contiguous()
+    if isinstance(codes, int):  # what it begins with it finds itself
+        best, restored = torch.empty(len(target), codes, dtype=torch.long), torch.empty_like(target)
+    else:
+        best = codes + pairs.starts[: codes.shape[1]]
+        restored = _sums(best, pairs)
+    error = (target - restored).square().sum(-1)
+    plan = _whole_plan(first_round, rounds, tuple(pairs.sizes[: best.shape[1]]))
+    known = best.contiguous(), restored, error, target, scores
+    search_codes(*known, pairs.codewords, pairs.table, pairs.layout, plan, begin)
+    return known[0] - pairs.starts[: best.shape[1]], restored
+
+
+def _search_around(
+    decode: Callable[[torch.Tensor], torch.Tensor],
+    target: torch.Tensor,
+    codes: torch.Tensor,
+    pairs: PairTables,
+    rounds: int,
+    batch_invariant: bool,
+    first_round: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[`local_search`] with a decoder that the tables approximate, around the best codes so far."""
+    steps = codes.shape[1]
+    starts = pairs.starts[:steps]
+    best, restored = codes + starts, decode(codes)
+    error = (target - restored).square().sum(-1)
+    for number in range(rounds if steps > 1 else 0):
+        scores = _scores(target - restored + _sums(best, pairs), steps, pairs, batch_invariant)
+        trial, order = _replace_some(best, pairs, number, first_round)
+        _choose_again(trial, scores, order, pairs)
+        best, restored, error = _keep_better(target, (trial, decode(trial - starts)), (best, restored, error))
     return best - starts, restored
+
+
+def _keep_better(
+    target: torch.Tensor, trial: tuple[torch.Tensor, torch.Tensor], best: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of two codes for each vector, with their reconstructions and of the best the error, the one that is closer."""
+    error = (target - trial[1]).square().sum(-1)
+    better = (error < best[2])[:, None]
+    return torch.where(better, trial[0], best[0]), torch.where(better, trial[1], best[1]), error.minimum(best[2])
+
+
+def _greedy(scores: torch.Tensor, steps: int, pairs: PairTables) -> torch.Tensor:
+    """Rows of the best code of each step given those of the steps before it."""
+    rows = torch.empty(len(scores), steps, dtype=torch.long, device=scores.device)
+    for step in range(steps):
+        energy = scores[:, pairs.step(step)]
+        if step:
+            energy = energy + F.embedding_bag(rows[:, :step], pairs.products[step], mode="sum")
+        rows[:, step] = _smallest(energy) + pairs.starts[step]
+    return rows
 
 
 def _sums(rows: torch.Tensor, pairs: PairTables) -> torch.Tensor:
@@ -221,8 +289,11 @@ def _sums(rows: torch.Tensor, pairs: PairTables) -> torch.Tensor:
 def _scores(target: torch.Tensor, steps: int, pairs: PairTables, exact: bool) -> torch.Tensor:
     """What each codeword of `steps` steps adds to the squared error by itself, |c|^2 - 2 x.c, in units, float16."""
     count = sum(pairs.widths[:steps])
+    norms, factor = pairs.norms[:count], -2 * pairs.unit
+    if exact and pairs.tiled and len(target) <= FEW:
+        return product(factor * target, pairs.columns[:count], norms).clamp_(min=-MAX_ENERGY).half()
     columns = (pairs.exact if exact else pairs.columns)[:count].T
-    norms, factor = pairs.norms[:count].to(columns.dtype), -2 * pairs.unit
+    norms = norms.to(columns.dtype)
     scores = torch.empty(len(target), count, dtype=torch.float16, device=target.device)
     rows = SCORED if target.device.type == "cpu" else 16 * SCORED
     for some, part in zip(target.split(rows), scores.split(rows), strict=True):
@@ -260,13 +331,25 @@ def _plan(seed: int, number: int, sizes: tuple[int, ...]) -> tuple[list[int], li
     return order, [(step, int(shift)) for step, shift in zip(replaced, draws, strict=True)]
 
 
+@lru_cache(maxsize=256)
+def _whole_plan(first_round: int, rounds: int, sizes: tuple[int, ...]) -> Plan:
+    """All rounds of a search, as [`search_codes`] wants to know them."""
+    orders, shifts = [], np.zeros((rounds, len(sizes)), np.int64)
+    for number in range(rounds):
+        order, moved = _plan(first_round * 1000 + number, number, sizes)
+        orders.append(SWEEPS * order)
+        for step, shift in moved:
+            shifts[number, step] = shift
+    return Plan(np.array(orders, np.int64).reshape(rounds, SWEEPS * len(sizes)), shifts)
+
+
 def _choose_again(rows: torch.Tensor, scores: torch.Tensor, order: list[int], pairs: PairTables) -> None:
     """Sets each code, in turn, to the best one given the others, and all once more. In place."""
     if pairs.tiled:
-        sweep_codes(rows, scores, pairs.table, *pairs.layout, SWEEPS * order)
+        sweep_codes(rows, scores, pairs.table, pairs.layout, SWEEPS * order)
         return
     for step in SWEEPS * order:
-        columns, products = pairs.step(step), pairs.products[step][0]
+        columns, products = pairs.step(step), pairs.products[step]
         if can_choose(rows, products.shape[1]):
             choose_codes(rows, scores, products, step, columns, _width(products.shape[1]))
             continue

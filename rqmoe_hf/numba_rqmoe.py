@@ -1,14 +1,16 @@
 """Local search on a processor without temporary tensors, compiled by Numba where that is installed.
 
 PyTorch takes some fifteen operations per step. For few vectors their overhead is most of the time, for many the memory
-traffic is: a step looks up rows all over a table that no cache holds. Here the table is cut into tiles of some
-columns, small enough for a cache if many vectors are searched with one tile before the next one.
+traffic is: a step looks up rows all over a table that no cache holds. Here all rounds of a vector follow each other:
+most of its codes stay the same from one to the next, and so their rows stay in the cache. What a step will need of
+the rows of new codes is fetched one step ahead.
 """
 
 import platform
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,26 +24,48 @@ except ImportError:  # an extra
     numba = None
 
 MAX_CODEWORDS = 1 << 16  # of a codebook: a rank takes the lower half of an integer
-TILE = 128  # columns
-AHEAD = 2  # vectors whose rows are fetched while one is worked on
-LINE = 64  # bytes that are fetched at a time
-THREAD_ROWS = 64  # a thread is not worth fewer vectors
+TILE = 64  # columns
+LINE = 32  # numbers that are fetched at a time
+SWEPT_ROWS = 64  # a thread is not worth fewer vectors, of one sweep
+FETCH_TO = 2  # the second cache: the first one is too small
+FEW = 16  # vectors whose scores are computed here
+
+
+class Layout(NamedTuple):
+    """Where what belongs to a column or a codeword is found.
+
+    Args:
+        ranks: int32, of each column in its codebook: of equal energies the one of the lowest rank counts.
+        places: int32, the inverse: of each rank in a codebook, which column has it.
+        bounds: int64 `(M + 1,)`: where each codebook begins among the codewords, and T.
+        columns: int64 `(M + 1,)`: where it begins among the columns: multiples of `TILE`.
+    """
+
+    ranks: np.ndarray
+    places: np.ndarray
+    bounds: np.ndarray
+    columns: np.ndarray
+
+
+class Plan(NamedTuple):
+    """What happens in the rounds of a search of m codes.
+
+    Args:
+        orders: int64 `(rounds, k)`: the steps whose codes are chosen again, in turn.
+        shifts: int64 `(rounds, m)`: by how many places each code is moved on before that.
+    """
+
+    orders: np.ndarray
+    shifts: np.ndarray
 
 
 def can_sweep(device: torch.device, size: int) -> bool:
-    """Whether [`sweep_codes`] works here, for vectors on this device and codebooks of up to this size."""
+    """Whether compiled search works here, for vectors on this device and codebooks of up to this size."""
     return _WORKS and device.type == "cpu" and size <= MAX_CODEWORDS
 
 
 def sweep_codes(
-    rows: torch.Tensor,
-    scores: torch.Tensor,
-    table: torch.Tensor,
-    ranks: np.ndarray,
-    places: np.ndarray,
-    bounds: np.ndarray,
-    columns: np.ndarray,
-    order: list[int],
+    rows: torch.Tensor, scores: torch.Tensor, table: torch.Tensor, layout: Layout, order: list[int]
 ) -> None:
     """Sets each code, in turn, to the best one given the others, in place.
 
@@ -51,45 +75,73 @@ def sweep_codes(
     Args:
         rows: int64 `(n, m)`, contiguous: codes, numbered through all of M codebooks.
         scores: float16 `(n, C)`, contiguous, in the columns of at least m codebooks.
-        table: float16, flat: for each step, tile by tile, `(T, TILE)` products with all T codewords.
-        ranks: int32, of each column in its codebook.
-        places: int32, the inverse: of each rank in a codebook, which column has it.
-        bounds: int64 `(M + 1,)`: where each codebook begins among the codewords, and T.
-        columns: int64 `(M + 1,)`: where it begins among the columns: multiples of `TILE`.
+        table: float16 `(T, all columns)`, contiguous: products of codewords with codewords.
+        layout: Of the table.
         order: The steps, in turn.
     """
-    own, products = (part.detach().numpy().view(np.uint16) for part in (scores, table))
-    _spread(_sweep, (rows.numpy(), own), (products, ranks, places, bounds, columns, np.array(order)))
+    _spread(_sweep, (rows.numpy(), _bits(scores)), (_bits(table), *layout, np.array(order)), SWEPT_ROWS)
 
 
-def keep_better(
-    trial: torch.Tensor,
+def search_codes(
     best: torch.Tensor,
     restored: torch.Tensor,
     error: torch.Tensor,
     target: torch.Tensor,
+    scores: torch.Tensor,
     codewords: torch.Tensor,
+    table: torch.Tensor,
+    layout: Layout,
+    plan: Plan,
+    begin: bool,
 ) -> None:
-    """Puts codes in the place of the best so far, in place, where the sums of their codewords are closer.
-
-    With PyTorch's operations instead, which use several threads one after the other, threads that wait for the next of
-    them would keep the processor busy while [`sweep_codes`] runs.
+    """All rounds of a search, in place: codes are kept where the sums of their codewords are closer.
 
     Args:
-        trial: int64 `(n, m)`, as `rows` of [`sweep_codes`].
-        best: int64 `(n, m)`.
+        best: int64 `(n, m)`, as `rows` of [`sweep_codes`].
         restored: float32 `(n, d)`, sums of the best.
         error: float32 `(n,)`, squared distance of these from the target.
         target: float32 `(n, d)`.
+        scores: See [`sweep_codes`].
         codewords: float32 `(T, d)`.
+        table: See [`sweep_codes`].
+        layout: Of the table.
+        plan: Of the rounds.
+        begin: Whether to look for codes to begin with, step by step, instead of those given.
     """
-    parts = tuple(part.detach().numpy() for part in (trial, best, restored, error, target))
-    _spread(_keep_better, parts, (codewords.detach().numpy(),))
+    parts = (best.numpy(), restored.numpy(), error.numpy(), target.numpy(), _bits(scores))
+    _spread(_search, parts, (codewords.detach().numpy(), _bits(table), *layout, *plan, begin), 1)
 
 
-def _spread(work: Callable, rows: tuple[np.ndarray, ...], constant: tuple[Any, ...]) -> None:
-    """Divides rows among threads."""
-    parts = max(1, min(torch.get_num_threads(), len(rows[0]) // THREAD_ROWS))
+def product(vectors: torch.Tensor, columns: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    """Products of few vectors with columns, plus the columns' norms, in float64.
+
+    PyTorch would need the columns in float64, and so read twice the memory, which takes most of the time.
+
+    Args:
+        vectors: float32 `(n, d)`.
+        columns: float32 `(c, d)`.
+        norms: float32 `(c,)`.
+
+    Returns:
+        `(n, c)`.
+    """
+    found = np.empty((len(vectors), len(columns)))
+    _product(vectors.double().numpy(), columns.detach().numpy(), norms.numpy(), found)
+    return torch.from_numpy(found)
+
+
+def empty_table(rows: int, columns: int) -> torch.Tensor:
+    """Room for a table of float16: of NumPy, which asks for large pages, as fit memory that is read here and there."""
+    return torch.from_numpy(np.empty((rows, columns), np.float16))
+
+
+def _bits(values: torch.Tensor) -> np.ndarray:
+    return values.detach().numpy().view(np.uint16)
+
+
+def _spread(work: Callable, rows: tuple[np.ndarray, ...], constant: tuple[Any, ...], least: int) -> None:
+    """Divides rows among threads, of which each gets some."""
+    parts = max(1, min(torch.get_num_threads(), len(rows[0]) // least))
     if parts == 1:
         work(*rows, *constant)
         return
@@ -99,12 +151,12 @@ def _spread(work: Callable, rows: tuple[np.ndarray, ...], constant: tuple[Any, .
             done.result()
 
 
-def _compiled(function: Callable) -> Any:
+def _compiled(function: Callable, **options: Any) -> Any:
     """The machine code of a function, kept on disk for the next process where there is a place for it."""
     try:
-        return numba.njit(nogil=True, cache=True)(function)
+        return numba.njit(nogil=True, cache=True, **options)(function)
     except RuntimeError:
-        return numba.njit(nogil=True)(function)
+        return numba.njit(nogil=True, **options)(function)
 
 
 def _works() -> bool:
@@ -125,26 +177,14 @@ def _constant(kind: Any, value: int) -> Any:
     return ir.Constant(ir.VectorType(kind, TILE), [value] * TILE)
 
 
-def _fetch(builder: Any, address: Any) -> None:
-    """Asks for a tile's row before it is needed."""
-    byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-    kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
-    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    read, all_levels, data = (ir.Constant(number, option) for option in (0, 3, 1))
-    for start in range(0, 2 * TILE, LINE):
-        line = builder.gep(builder.bitcast(address, byte), [ir.Constant(ir.IntType(64), start)])
-        builder.call(prefetch, [line, read, all_levels, data])
-
-
-def _generate(builder: Any, table: Any, rows: Any, following: Any, count: Any, own: Any, ranks: Any) -> Any:
+def _generate(builder: Any, table: Any, width: Any, rows: Any, count: Any, own: Any, ranks: Any) -> Any:
     """LLVM code for [`_lowest`], from addresses: sums, rounds, and packs energy and rank into one integer."""
     half, single, short, whole = ir.HalfType(), ir.FloatType(), ir.IntType(16), ir.IntType(32)
     halves, singles, wholes = (ir.VectorType(kind, TILE) for kind in (half, single, whole))
-    width = ir.Constant(ir.IntType(64), TILE)
     energy = cgutils.alloca_once_value(builder, ir.Constant(singles, None))
+    builder.store(ir.Constant(singles, None), energy)
     with cgutils.for_range(builder, count) as loop:
-        row, later = (builder.load(builder.gep(of, [loop.index])) for of in (rows, following))
-        _fetch(builder, builder.gep(table, [builder.mul(later, width)]))
+        row = builder.load(builder.gep(rows, [loop.index]))
         products = _load(builder, builder.gep(table, [builder.mul(row, width)]), half, 2)
         builder.store(builder.fadd(builder.load(energy), builder.fpext(products, singles)), energy)
     others = builder.fpext(builder.fptrunc(builder.load(energy), halves), singles)
@@ -164,19 +204,34 @@ _WORKS = _works()
 if _WORKS:
 
     @intrinsic
-    def _lowest(context, table, tile, rows, following, scores, own, ranks, column):
-        """The smallest energy of a vector in the columns of a tile.
+    def _fetch(context, values, place):
+        """Asks for a number of an array, and those beside it, before they are needed."""
+
+        def generate(context, builder, signature, given):
+            byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+            kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+            prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+            array = context.make_array(signature.args[0])(context, builder, given[0])
+            address = builder.bitcast(builder.gep(array.data, [given[1]]), byte)
+            builder.call(prefetch, [address, *(ir.Constant(number, option) for option in (0, FETCH_TO, 1))])
+            return context.get_dummy_value()
+
+        return numba.void(values, numba.intp), generate
+
+    @intrinsic
+    def _lowest(context, table, width, rows, count, scores, own, ranks, column):
+        """The smallest energy of a vector in a tile.
 
         Args:
             context: Numba's.
-            table: uint16, the bits of all tables.
-            tile: Where the tile begins.
-            rows: int64 `(k,)`, of the tile, to sum.
-            following: int64 `(k,)`, to fetch for later.
+            table: uint16 `(T, width)`, the bits of the table.
+            width: Columns of the table.
+            rows: int64 `(k,)`, of which the first `count` are summed.
+            count: How many.
             scores: uint16 `(n, C)`, the bits of all scores.
-            own: Where those of the vector in these columns begin.
+            own: Where those of the vector in this tile begin.
             ranks: int32, of all columns.
-            column: The first one.
+            column: The first one of the tile.
 
         Returns:
             An int32 that is the smaller the smaller the energy is, and of equal energies the smaller the rank is. The
@@ -184,48 +239,109 @@ if _WORKS:
         """
 
         def generate(context, builder, signature, values):
-            arrays = {
-                place: context.make_array(signature.args[place])(context, builder, values[place])
-                for place, kind in enumerate(signature.args)
-                if isinstance(kind, numba.types.Array)
-            }
-            address = {place: array.data for place, array in arrays.items()}
-            for array, offset in ((0, 1), (4, 5), (6, 7)):
-                address[array] = builder.gep(address[array], [values[offset]])
-            (count,) = cgutils.unpack_tuple(builder, arrays[2].shape)
-            return _generate(builder, address[0], address[2], address[3], count, address[4], address[6])
+            table, rows, scores, ranks = (
+                context.make_array(signature.args[place])(context, builder, values[place]).data
+                for place in (0, 2, 4, 6)
+            )
+            width, count, own, column = (values[place] for place in (1, 3, 5, 7))
+            table, scores, ranks = (
+                builder.gep(address, [offset]) for address, offset in ((table, column), (scores, own), (ranks, column))
+            )
+            return _generate(builder, table, width, rows, count, scores, ranks)
 
         place = numba.intp
-        return numba.int32(table, place, rows, following, scores, place, ranks, place), generate
+        return numba.int32(table, place, rows, place, scores, place, ranks, place), generate
+
+    @_compiled
+    def _fetch_row(table, row, begin, end):
+        """Asks for the columns of a codeword."""
+        start = row * table.shape[1]
+        for column in range(begin, end, LINE):
+            _fetch(table, start + column)
+
+    @_compiled
+    def _choose(codes, others, count, scores, row, table, ranks, places, bounds, columns, step):
+        """The best code of a step given `count` of the others."""
+        found = 0
+        for other in range(count + 1):
+            if other != step:
+                others[found] = codes[other]
+                found += 1
+        lowest = np.int32(np.iinfo(np.int32).max)
+        for column in range(columns[step], columns[step + 1], TILE):
+            own = row * scores.shape[1] + column
+            lowest = min(lowest, _lowest(table, table.shape[1], others, found, scores, own, ranks, column))
+        return bounds[step] + places[columns[step] + (lowest & 0xFFFF)]
+
+    @_compiled
+    def _sweep_one(codes, fresh, others, scores, row, table, ranks, places, bounds, columns, order):
+        """Sweeps the codes of one vector. `fresh` says for how many more steps each code is new to the cache."""
+        steps = len(codes)
+        for number in range(len(order)):
+            step, following = order[number], order[min(number + 1, len(order) - 1)]
+            begin, end = columns[following], columns[following + 1]
+            for other in range(steps):
+                if fresh[other] > 0:
+                    fresh[other] -= 1
+                    _fetch_row(table, codes[other], begin, end)
+            code = _choose(codes, others, steps - 1, scores, row, table, ranks, places, bounds, columns, step)
+            if code != codes[step]:
+                codes[step], fresh[step] = code, steps
+                _fetch_row(table, code, begin, end)
 
     @_compiled
     def _sweep(rows, scores, table, ranks, places, bounds, columns, order):
-        count, steps = rows.shape
-        total, width = bounds[-1], scores.shape[1]
-        others, best = np.empty((count, steps - 1), np.int64), np.empty(count, np.int32)
-        for step in order:
-            for row in range(count):
-                others[row, :step] = rows[row, :step]
-                others[row, step:] = rows[row, step + 1 :]
-            best[:] = np.iinfo(np.int32).max
-            for column in range(columns[step], columns[step + 1], TILE):
-                for row in range(count):
-                    following, own = others[min(row + AHEAD, count - 1)], row * width + column
-                    found = _lowest(table, column * total, others[row], following, scores, own, ranks, column)
-                    best[row] = min(best[row], found)
-            for row in range(count):
-                rows[row, step] = bounds[step] + places[columns[step] + (best[row] & 0xFFFF)]
+        steps = rows.shape[1]
+        fresh, others = np.empty(steps, np.int64), np.empty(steps, np.int64)
+        for row in range(len(rows)):
+            fresh[:] = steps
+            _sweep_one(rows[row], fresh, others, scores, row, table, ranks, places, bounds, columns, order)
 
     @_compiled
-    def _keep_better(trial, best, restored, error, target, codewords):
-        count, steps = trial.shape
+    def _keep_better(trial, error, best, restored, target, codewords, total):
+        """Puts codes in the place of the best so far if the sum of their codewords is closer; returns the error."""
+        total[:] = 0
+        for step in range(len(trial)):
+            total += codewords[trial[step]]
+        found = np.float32(0)
+        for place in range(len(total)):
+            found += (target[place] - total[place]) ** 2
+        if not found < error:
+            return error
+        best[:], restored[:] = trial, total
+        return found
+
+    @_compiled
+    def _search(
+        best, restored, error, target, scores, codewords, table, ranks, places, bounds, columns, orders, shifts, begin
+    ):
+        steps = best.shape[1]
+        trial, fresh, others = np.empty(steps, np.int64), np.empty(steps, np.int64), np.empty(steps, np.int64)
         total = np.empty(target.shape[1], np.float32)
-        for row in range(count):
-            total[:] = 0
-            for step in range(steps):
-                total += codewords[trial[row, step]]
-            found = np.float32(0)
-            for place in range(len(total)):
-                found += (target[row, place] - total[place]) ** 2
-            if found < error[row]:
-                best[row], restored[row], error[row] = trial[row], total, found
+        for row in range(len(best)):
+            known = best[row], restored[row], target[row], codewords, total
+            if begin:
+                for step in range(steps):
+                    trial[step] = _choose(
+                        trial, others, step, scores, row, table, ranks, places, bounds, columns, step
+                    )
+                error[row] = _keep_better(trial, np.float32(np.inf), *known)
+            fresh[:] = steps
+            for number in range(len(orders)):
+                trial[:] = best[row]
+                for step in range(steps):
+                    if shifts[number, step]:
+                        place = trial[step] - bounds[step] + shifts[number, step]
+                        trial[step] = bounds[step] + place % (bounds[step + 1] - bounds[step])
+                        fresh[step] = steps
+                _sweep_one(trial, fresh, others, scores, row, table, ranks, places, bounds, columns, orders[number])
+                error[row] = _keep_better(trial, error[row], *known)
+
+    @partial(_compiled, fastmath={"reassoc", "contract"})  # the order of float64 sums is of no account
+    def _product(vectors, columns, norms, found):
+        for column in range(len(columns)):
+            for row in range(len(vectors)):
+                total = 0.0
+                for place in range(columns.shape[1]):
+                    total += vectors[row, place] * columns[column, place]
+                found[row, column] = norms[column] + total

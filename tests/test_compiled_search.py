@@ -37,10 +37,13 @@ def test_codes_are_those_of_pytorchs_operations(sizes, count, coarse, threads, m
         torch.set_num_threads(threads)
         found = [local_search(vectors, codes, pairs, 6) for pairs in (compiled, plain)]
         prefixes = [local_search(vectors, codes[:, :2], pairs, 3)[0] for pairs in (compiled, plain)]
+        begun = [local_search(vectors, len(sizes), pairs, rounds) for pairs in (compiled, plain) for rounds in (0, 6)]
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(*prefixes)
     torch.testing.assert_close(found[0][1], found[1][1])
+    assert torch.equal(begun[0][0], begun[2][0]) and torch.equal(begun[1][0], begun[3][0])
+    torch.testing.assert_close(begun[1][1], begun[3][1])
     assert count == 1 or not torch.equal(found[0][0], codes)
 
 
@@ -57,6 +60,35 @@ def test_each_code_is_the_best_of_a_naive_loop(sizes):
             left = vector - sum(books[other][code[other]] for other in order if other != step)
             code[step] = np.square(left - books[step]).sum(axis=1).argmin()
     assert (rows.numpy() - pairs.starts.numpy() == wanted).mean() > 0.97  # float16 finds some others as near
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("sizes", SIZES[:3], ids=str)
+def test_greedy_codes_are_the_best_of_a_naive_loop(sizes, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(local_search_rqmoe, "can_sweep", lambda *_: False)
+    codebooks, vectors, _ = problem(sizes, 40, coarse=False)
+    found, restored = local_search(vectors, len(sizes), build_pair_tables(codebooks), 0)
+    books, wanted = [part.double().numpy() for part in codebooks], []
+    for left in vectors.double().numpy():
+        code = []
+        for book in books:
+            code.append(np.square(left - book).sum(axis=1).argmin())
+            left = left - book[code[-1]]
+        wanted.append(code)
+    assert (found.numpy() == wanted).mean() > 0.97  # float16 finds some others as near
+    sums = sum(book[code] for book, code in zip(codebooks, found.T, strict=True))
+    torch.testing.assert_close(restored, sums)
+
+
+@pytest.mark.parametrize("count", [1, 5, 40])  # those of few vectors are compiled too
+def test_scores_are_the_distances_of_single_codewords(count):
+    codebooks, vectors, _ = problem([300, 7], count, coarse=False)
+    pairs = build_pair_tables(codebooks)
+    found = local_search_rqmoe._scores(vectors, 2, pairs, True).double() / pairs.unit
+    for part, codebook in zip(found.split(pairs.widths, dim=1), codebooks, strict=True):
+        wanted = torch.cdist(vectors.double(), codebook.double()).square() - vectors.double().square().sum(1)[:, None]
+        torch.testing.assert_close(part[:, : len(codebook)], wanted, rtol=2e-3, atol=2e-3)
 
 
 PROGRAM = """
