@@ -19,7 +19,7 @@ from rqmoe_hf.st import RQMoEQuantizer
 
 WAYS = {
     "encoder alone": {"quantize": "none"},
-    "codes, greedy": {"quantize": "codes", "num_candidates": 1, "beam_size": 1},
+    "codes, greedy": {"quantize": "codes", "num_candidates": 1, "beam_size": 1, "local_search": 0},
     "codes, default search": {"quantize": "codes"},
     "reconstructions, default search": {},
 }
@@ -43,7 +43,8 @@ def main() -> None:
         "environment": environment.describe(),
         "quantizer": arguments.quantizer,
         "bytes_per_vector": config.bytes_per_vector,
-        "default_search": {"num_candidates": config.num_candidates, "beam_size": config.beam_size},
+        "threads": torch.get_num_threads(),
+        "default_search": {name: getattr(config, name) for name in ("num_candidates", "beam_size", "local_search")},
         "batch_sizes": {},
     }
     for batch_size in arguments.batch_sizes:
@@ -61,7 +62,7 @@ def main() -> None:
             for way, median in medians.items()
         }
         print(batch_size, results["batch_sizes"][str(batch_size)], flush=True)
-    environment.save("module", results)
+        environment.save("module", results)
 
 
 if __name__ == "__main__":

@@ -48,12 +48,13 @@ def quantizer(setting: Setting) -> RQMoEModel:
     """A quantizer with random weights: d, M, K, and N, H, A, B where it has experts."""
     torch.manual_seed(0)
     sizes = {"hidden_size": setting["d"], "num_codebooks": setting["M"], "codebook_size": setting["K"]}
-    search = {"beam_size": setting.get("beam", 4), "local_search": setting.get("rounds", 0)}
     if "N" not in setting:
+        search = {"beam_size": 1, "local_search": setting.get("rounds", 0)}
         model = RQMoEModel(RQMoEConfig.additive(**sizes, **search))
     else:
+        search = {"beam_size": setting.get("beam", 4), "num_candidates": setting.get("candidates", 8)}
         experts = {"num_experts": setting["N"], "intermediate_size": setting["H"]}
-        model = RQMoEModel(RQMoEConfig(**sizes, **search, **experts, num_candidates=setting.get("candidates", 8)))
+        model = RQMoEModel(RQMoEConfig(**sizes, **search, **experts))
     with torch.no_grad():
         for step, codebook in enumerate(model.codebooks):
             codebook.normal_(std=0.8**step / setting["d"] ** 0.5)
@@ -162,15 +163,16 @@ MORE_EXPERTS = {
     "beam": (2, 4, 8), "candidates": (4, 8, 16),
 }  # fmt: skip
 DECODER = {key: EXPERTS[key] for key in ("d", "M", "K", "N", "H")}
-ADDITIVE = {"d": 384, "M": 8, "K": 256, "beam": 4, "rounds": 16}
-MORE_ADDITIVE = {"d": (192, 384, 768), "M": (4, 8, 16), "K": (128, 256, 512), "beam": (2, 4, 8), "rounds": (8, 16, 32)}
+ADDITIVE = {"d": 384, "M": 8, "K": 256, "rounds": 32}
+MORE_ADDITIVE = {"d": (192, 384, 768), "M": (4, 8, 16), "K": (128, 256, 512), "rounds": (16, 32, 64)}
 INDEX = {"d": 384, "M": 16, "K": 256, "n": 200_000}
+SCANNED = {"d": 384, "M": 16, "K": 256, "n": 1_000_000}  # so many that the scan is most of it
 LSQ = {"d": 384, "M": 8, "K": 256}
 MORE_LSQ = {"d": (192, 384, 768), "M": (4, 8, 16), "K": (128, 256, 512)}
 OTHER = {"d": 512, "M": 12}
 
 STAGES = [
-    Stage("compress, additive", "vector", compress, ADDITIVE, MORE_ADDITIVE, ADDITIVE | OTHER | {"rounds": 12}),
+    Stage("compress, additive", "vector", compress, ADDITIVE, MORE_ADDITIVE, ADDITIVE | OTHER | {"rounds": 24}),
     Stage("compress, experts", "vector", compress, EXPERTS, MORE_EXPERTS, EXPERTS | OTHER | {"beam": 6}),
     Stage("decompress, experts", "vector", decompress, DECODER, {key: MORE_EXPERTS[key] for key in DECODER},
           DECODER | OTHER),
@@ -179,6 +181,6 @@ STAGES = [
     Stage("train LSQ, a round's fit", "round", lsq_fit, LSQ, MORE_LSQ, LSQ | OTHER),
     Stage("index", "vector", build, INDEX, {"M": (8, 16, 32), "n": (100_000, 200_000, 400_000)},
           INDEX | {"M": 12, "n": 300_000}),
-    Stage("search, flat", "query", search, INDEX, {"d": (192, 384, 768), "M": (8, 16, 32), "K": (256, 1024),
-          "n": (100_000, 200_000, 400_000)}, INDEX | OTHER | {"n": 300_000}),
+    Stage("search, flat", "query", search, SCANNED, {"d": (192, 384, 768), "M": (8, 16, 32),
+          "n": (500_000, 1_000_000, 2_000_000)}, SCANNED | OTHER | {"n": 1_500_000}),
 ]  # fmt: skip

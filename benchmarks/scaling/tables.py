@@ -3,7 +3,7 @@
 import environment
 import numpy as np
 
-FORECAST = {"d": 384, "M": 16, "K": 256, "beam": 4, "rounds": 16}
+FORECAST = {"d": 384, "M": 16, "K": 256, "rounds": 32}
 COUNTS = {"10 million": 1e7, "1 billion": 1e9, "100 billion": 1e11}
 INDEX_OVERHEAD = 9  # bytes of a vector beside its code: a norm and a row number
 CORES, MEMORY = 192, 384 * 2**30  # of a c7a.48xlarge
