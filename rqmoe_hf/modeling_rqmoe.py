@@ -180,7 +180,8 @@ class RQMoEModel(RQMoEPreTrainedModel):
 
     def train(self, mode: bool = True) -> "RQMoEModel":
         """Switches between training and evaluation, after either of which the weights may have changed."""
-        self._tables.clear()
+        if mode != self.training:  # sentence-transformers calls eval() before it encodes a single text
+            self._tables.clear()
         return super().train(mode)
 
     def __getstate__(self) -> dict:  # without the tables: they are rebuilt, and can be twenty times the weights
@@ -234,8 +235,8 @@ class RQMoEModel(RQMoEPreTrainedModel):
         self._require_initialized("encode")
         self._check_embeddings(embeddings)
         settings = self._search_settings(num_candidates, beam_size, exact, num_codebooks)
-        target = self._standardize(embeddings)
-        codes, reconstruction = self._find_codes(target, settings, self._local_search(local_search))
+        target, rounds = self._standardize(embeddings), self._local_search(local_search)
+        codes, reconstruction = self._find_codes(target, settings, rounds)
         return RQMoEEncoderOutput(codes=codes, reconstruction=self._unstandardize(reconstruction))
 
     @can_return_tuple
@@ -261,11 +262,11 @@ class RQMoEModel(RQMoEPreTrainedModel):
         self._require_initialized("train")
         self._check_embeddings(embeddings)
         target = self._standardize(embeddings)
-        settings = self._search_settings(None, None, False, None)
-        # Fused optimizers change weights without raising their version, so a new pass needs new tables.
-        self._tables.clear()
+        self._forget_tables()
         # Ties may fall either way in training: no need to settle them in double precision.
-        codes, _ = self._find_codes(target, settings, self.config.local_search, settle_ties=False)
+        search = self._search_settings(None, None, False, None)
+        codes, _ = self._find_codes(target, search, self.config.local_search, settle_ties=False)
+        self._forget_tables()
         partial_sums = self.contributions(codes).float().cumsum(dim=1)  # (n, M, d)
         errors = (target[:, None] - partial_sums).square().sum(dim=-1)  # (n, M)
         return RQMoEOutput(
@@ -351,7 +352,6 @@ class RQMoEModel(RQMoEPreTrainedModel):
         packed = np.empty((len(embeddings), size), dtype=np.uint8)
         for start, stop in _batches(len(embeddings), batch_size, "compress", show_progress_bar):
             batch = torch.from_numpy(np.array(embeddings[start:stop], dtype=np.float32))  # a copy: may be read-only
-            batch = batch.to(self.codebooks.device)
             codes = self.encode(batch, num_candidates, beam_size, exact, steps, local_search).codes
             packed[start:stop] = pack_codes(codes.cpu().numpy(), self.config.code_sizes)
         return packed
@@ -383,8 +383,6 @@ class RQMoEModel(RQMoEPreTrainedModel):
             restored[start:stop] = self.decode(torch.from_numpy(batch)).reconstruction.cpu().numpy()
         return restored
 
-    # --- helpers -------------------------------------------------------------------------------------------------
-
     def _standardize(self, embeddings: torch.Tensor) -> torch.Tensor:
         return (embeddings.to(self.codebooks.device, torch.float32) - self.mean.float()) / self.scale.float()
 
@@ -398,11 +396,13 @@ class RQMoEModel(RQMoEPreTrainedModel):
             return torch.get_autocast_dtype(device)
         return self.codebooks.dtype if self.experts is None else self.experts.up_proj.dtype
 
-    def _tables_for(self, dtype: torch.dtype, start: int | None = None) -> Tables:
-        """The engine's tables, of all codebooks or of the block that begins at one, rebuilt if a weight has changed.
+    def _forget_tables(self) -> None:
+        """Before and after a pass with gradient: fused optimizers leave no trace on the weights' versions."""
+        if torch.is_grad_enabled():
+            self._tables.clear()
 
-        `forward` and `train` clear them besides, since fused optimizers leave no trace on the weights' versions.
-        """
+    def _tables_for(self, dtype: torch.dtype, start: int | None = None) -> Tables:
+        """The engine's tables, of all codebooks or of a block of them, rebuilt if a weight has changed."""
         start = start if self.config.search_blocks else None  # with one block its tables are all tables
         key = tuple((weight.data_ptr(), weight._version) for weight in self.parameters())
         kept = self._tables.get((dtype, start))
@@ -496,5 +496,4 @@ def _batches(total: int, batch_size: int, verb: str, show: bool | None) -> list[
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     ranges = [(start, min(start + batch_size, total)) for start in range(0, total, batch_size)]
-    hide = total < PROGRESS_BAR_FROM if show is None else not show
-    return tqdm(ranges, desc=verb, unit="batch", disable=hide)
+    return tqdm(ranges, desc=verb, unit="batch", disable=total < PROGRESS_BAR_FROM if show is None else not show)

@@ -103,6 +103,18 @@ def test_tables_follow_the_weights(paper_model, vectors):
     assert not torch.equal(before.codes, after.codes)
 
 
+def test_tables_follow_weights_that_are_trained_in_evaluation_mode(paper_model, vectors):
+    optimizer = torch.optim.AdamW(paper_model.parameters(), lr=0.1, fused=True)
+    before = paper_model.encode(vectors).codes
+    for _ in range(2):
+        paper_model(vectors).loss.backward()
+        optimizer.step()
+    fresh = RQMoEModel(paper_model.config).eval()
+    fresh.load_state_dict(paper_model.state_dict())
+    after = paper_model.encode(vectors).codes
+    assert torch.equal(after, fresh.encode(vectors).codes) and not torch.equal(before, after)
+
+
 def test_dropout_never_touches_the_codes(vectors):
     config = RQMoEConfig(**{**REALISTIC, "hidden_size": 16}, dropout=0.5)
     model = randomize(RQMoEModel(config))

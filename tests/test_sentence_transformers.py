@@ -43,6 +43,19 @@ def combined(encoder) -> SentenceTransformer:
     return model
 
 
+def test_tables_are_built_once(combined, monkeypatch):
+    """Not by every call: sentence-transformers puts all modules in evaluation mode in each."""
+    combined.encode(TEXTS[:1])
+
+    def build(*_):
+        raise AssertionError("built again")
+
+    monkeypatch.setattr("rqmoe_hf.modeling_rqmoe.build_tables", build)
+    monkeypatch.setattr("rqmoe_hf.local_search_rqmoe.build_pair_tables", build)
+    combined.encode(TEXTS[:1])
+    combined.encode(TEXTS, quantize="codes")
+
+
 def test_encode_gives_reconstructions_and_codes(plain, quantizer, combined):
     exact = plain.encode(TEXTS)
     codes = combined.encode(TEXTS, quantize="codes")
