@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from .decoding_rqmoe import decode_codes
 from .encoding_rqmoe import CPU_CHUNK_BYTES, DEVICE_CHUNK_BYTES, Tables
-from .numba_rqmoe import FEW, TILE, Layout, Plan, can_sweep, empty_table, product, search_codes, sweep_codes
+from .numba_rqmoe import FEW, TILE, Layout, Plan, can_sweep, empty_table, score_few, search_codes, sweep_codes
 from .triton_rqmoe import can_choose, choose_codes
 
 MAX_PAIRS = 1 << 30  # entries of the table of pairs: 2 GiB
@@ -291,7 +291,7 @@ def _scores(target: torch.Tensor, steps: int, pairs: PairTables, exact: bool) ->
     count = sum(pairs.widths[:steps])
     norms, factor = pairs.norms[:count], -2 * pairs.unit
     if exact and pairs.tiled and len(target) <= FEW:
-        return product(factor * target, pairs.columns[:count], norms).clamp_(min=-MAX_ENERGY).half()
+        return score_few(factor * target, pairs.columns[:count], norms, -MAX_ENERGY)
     columns = (pairs.exact if exact else pairs.columns)[:count].T
     norms = norms.to(columns.dtype)
     scores = torch.empty(len(target), count, dtype=torch.float16, device=target.device)

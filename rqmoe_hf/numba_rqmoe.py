@@ -29,6 +29,7 @@ LINE = 32  # numbers that are fetched at a time
 SWEPT_ROWS = 64  # a thread is not worth fewer vectors, of one sweep
 FETCH_TO = 2  # the second cache: the first one is too small
 FEW = 16  # vectors whose scores are computed here
+SCORED_TILES = 512  # tiles times vectors: a thread is not worth fewer
 
 
 class Layout(NamedTuple):
@@ -112,22 +113,25 @@ def search_codes(
     _spread(_search, parts, (codewords.detach().numpy(), _bits(table), *layout, *plan, begin), 1)
 
 
-def product(vectors: torch.Tensor, columns: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-    """Products of few vectors with columns, plus the columns' norms, in float64.
+def score_few(vectors: torch.Tensor, columns: torch.Tensor, norms: torch.Tensor, least: float) -> torch.Tensor:
+    """Products of few vectors with columns, plus the columns' norms, and not below `least`.
 
-    PyTorch would need the columns in float64, and so read twice the memory, which takes most of the time.
+    They are summed in float64. PyTorch would need the columns in float64 too, and so would read twice the memory, which
+    takes most of the time.
 
     Args:
         vectors: float32 `(n, d)`.
-        columns: float32 `(c, d)`.
-        norms: float32 `(c,)`.
+        columns: float32 `(C, d)`, whole tiles.
+        norms: float32 `(C,)`.
+        least: Their smallest value.
 
     Returns:
-        `(n, c)`.
+        float16 `(n, C)`.
     """
-    found = np.empty((len(vectors), len(columns)))
-    _product(vectors.double().numpy(), columns.detach().numpy(), norms.numpy(), found)
-    return torch.from_numpy(found)
+    found, tiles = torch.empty(len(vectors), len(columns), dtype=torch.float16), np.arange(len(columns) // TILE)
+    known = vectors.double().numpy(), columns.detach().numpy(), norms.numpy(), least, _bits(found)
+    _spread(_score_few, (tiles,), known, max(1, SCORED_TILES // len(vectors)))
+    return found
 
 
 def empty_table(rows: int, columns: int) -> torch.Tensor:
@@ -252,6 +256,22 @@ if _WORKS:
         place = numba.intp
         return numba.int32(table, place, rows, place, scores, place, ranks, place), generate
 
+    @intrinsic
+    def _round(context, values, found, place):
+        """Puts a tile of float32 values into an array of float16 bits."""
+
+        def generate(context, builder, signature, given):
+            source, sink = (
+                context.make_array(signature.args[number])(context, builder, given[number]).data for number in (0, 1)
+            )
+            half = ir.VectorType(ir.HalfType(), TILE)
+            rounded = builder.fptrunc(_load(builder, source, ir.FloatType(), 4), half)
+            address = builder.bitcast(builder.gep(sink, [given[2]]), half.as_pointer())
+            builder.store(rounded, address).align = 2
+            return context.get_dummy_value()
+
+        return numba.void(values, found, numba.intp), generate
+
     @_compiled
     def _fetch_row(table, row, begin, end):
         """Asks for the columns of a codeword."""
@@ -338,10 +358,15 @@ if _WORKS:
                 error[row] = _keep_better(trial, error[row], *known)
 
     @partial(_compiled, fastmath={"reassoc", "contract"})  # the order of float64 sums is of no account
-    def _product(vectors, columns, norms, found):
-        for column in range(len(columns)):
+    def _score_few(tiles, vectors, columns, norms, least, found):
+        scores = np.empty(TILE, np.float32)
+        for tile in tiles:
+            start = tile * TILE
+            some, squared = columns[start : start + TILE], norms[start : start + TILE]
             for row in range(len(vectors)):
-                total = 0.0
-                for place in range(columns.shape[1]):
-                    total += vectors[row, place] * columns[column, place]
-                found[row, column] = norms[column] + total
+                for place in range(TILE):
+                    total = 0.0
+                    for dimension in range(columns.shape[1]):
+                        total += vectors[row, dimension] * some[place, dimension]
+                    scores[place] = max(squared[place] + total, least)
+                _round(scores, found, row * len(columns) + start)
