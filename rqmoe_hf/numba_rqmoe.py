@@ -116,8 +116,8 @@ def search_codes(
 def score_few(vectors: torch.Tensor, columns: torch.Tensor, norms: torch.Tensor, least: float) -> torch.Tensor:
     """Products of few vectors with columns, plus the columns' norms, and not below `least`.
 
-    They are summed in float64. PyTorch would need the columns in float64 too, and so would read twice the memory, which
-    takes most of the time.
+    They are summed in float64. PyTorch would need the columns in float64 too, and read twice the memory, which takes
+    most of the time.
 
     Args:
         vectors: float32 `(n, d)`.
