@@ -291,7 +291,8 @@ if _WORKS:
         for column in range(columns[step], columns[step + 1], TILE):
             own = row * scores.shape[1] + column
             lowest = min(lowest, _lowest(table, table.shape[1], others, found, scores, own, ranks, column))
-        return bounds[step] + places[columns[step] + (lowest & 0xFFFF)]
+        place = places[columns[step] + (lowest & 0xFFFF)]
+        return bounds[step] + min(place, bounds[step + 1] - bounds[step] - 1)  # what fills up, where nothing is finite
 
     @_compiled
     def _sweep_one(codes, fresh, others, scores, row, table, ranks, places, bounds, columns, order):
@@ -319,14 +320,14 @@ if _WORKS:
 
     @_compiled
     def _keep_better(trial, error, best, restored, target, codewords, total):
-        """Puts codes in the place of the best so far if the sum of their codewords is closer; returns the error."""
+        """Puts codes in the place of the best so far unless those are as close, and returns the error."""
         total[:] = 0
         for step in range(len(trial)):
             total += codewords[trial[step]]
         found = np.float32(0)
         for place in range(len(total)):
             found += (target[place] - total[place]) ** 2
-        if not found < error:
+        if found >= error:
             return error
         best[:], restored[:] = trial, total
         return found
@@ -345,7 +346,7 @@ if _WORKS:
                     trial[step] = _choose(
                         trial, others, step, scores, row, table, ranks, places, bounds, columns, step
                     )
-                error[row] = _keep_better(trial, np.float32(np.inf), *known)
+                error[row] = _keep_better(trial, np.float32(np.nan), *known)  # nothing is as close as that
             fresh[:] = steps
             for number in range(len(orders)):
                 trial[:] = best[row]

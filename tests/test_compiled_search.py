@@ -81,6 +81,18 @@ def test_greedy_codes_are_the_best_of_a_naive_loop(sizes, compiled, monkeypatch)
     torch.testing.assert_close(restored, sums)
 
 
+@pytest.mark.parametrize("count", [1, 40])
+@pytest.mark.parametrize("size", [1e6, 1e19, 3e38])
+def test_vectors_whose_errors_overflow_get_codes_that_exist(size, count):
+    sizes = [5, 300, 7]
+    codebooks, vectors, _ = problem(sizes, count, coarse=False)
+    vectors = (vectors.sign() * size).contiguous()
+    vectors[:, 0] = 0
+    codes, restored = local_search(vectors, len(sizes), build_pair_tables(codebooks), 6)
+    assert (codes >= 0).all() and (codes < torch.tensor(sizes)).all()
+    torch.testing.assert_close(restored, sum(book[code] for book, code in zip(codebooks, codes.T, strict=True)))
+
+
 @pytest.mark.parametrize("count", [1, 5, 40])  # those of few vectors are compiled too
 def test_scores_are_the_distances_of_single_codewords(count):
     codebooks, vectors, _ = problem([300, 7], count, coarse=False)
