@@ -49,7 +49,8 @@ def find_codes(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Beam search, then local search, of each block.
 
-    A beam of one is left to the local search of an additive quantizer, which has all distances anyway.
+    A beam of one is left to the local search of an additive quantizer, which has all distances anyway. Not so a single
+    code: its distances are float16 there, and nothing would improve it.
 
     Args:
         target: Standardised vectors, float32 `(n, d)`.
@@ -68,7 +69,7 @@ def find_codes(
         tables, steps = partial(_tables_of, tables_for, block.start), block.stop - block.start
         left = target if restored is None else target - restored
         known = tables(dtype)
-        if local_search and search["beam_size"] == 1 and known.features is None:
+        if local_search and steps > 1 and search["beam_size"] == 1 and known.features is None:
             found, near = refine_codes(left, None, known, steps, local_search, settle_ties)
         else:
             found, near = encode_vectors(left, tables, dtype, num_codebooks=steps, settle_ties=settle_ties, **search)

@@ -156,7 +156,6 @@ def build_pair_tables(codebooks: Sequence[torch.Tensor]) -> PairTables:
     columns, norms = codewords, unit * norms
     if tiled:
         columns, norms = _fill_up(codewords, sizes, 0.0), _fill_up(norms, sizes, torch.inf)
-    if tiled:
         table = empty_table(len(codewords), len(columns))
     else:
         table = torch.empty(len(columns) * len(codewords), dtype=torch.float16, device=codewords.device)
@@ -201,11 +200,14 @@ def local_search(
     Returns:
         Codes and their reconstructions. No vector ends with a larger error than it began with.
     """
-    if decode is not None and not isinstance(codes, int):
-        return _search_around(decode, target, codes, pairs, rounds, batch_invariant, first_round)
     steps = codes if isinstance(codes, int) else codes.shape[1]
-    scores = _scores(target, steps, pairs, batch_invariant)
     rounds = rounds if steps > 1 else 0
+    if decode is not None:
+        assert not isinstance(codes, int)
+        return _search_around(decode, target, codes, pairs, rounds, batch_invariant, first_round)
+    if not rounds and not isinstance(codes, int):
+        return codes, _sums(codes + pairs.starts[:steps], pairs)
+    scores = _scores(target, steps, pairs, batch_invariant)
     if pairs.tiled:
         return _search_compiled(target, codes, scores, pairs, rounds, first_round)
     best = _greedy(scores, steps, pairs) if isinstance(codes, int) else codes + pairs.starts[:steps]
@@ -230,10 +232,11 @@ def _search_compiled(
     begin, target = isinstance(codes, int), target.contiguous()
     if isinstance(codes, int):  # what it begins with it finds itself
         best, restored = torch.empty(len(target), codes, dtype=torch.long), torch.empty_like(target)
+        error = torch.empty(len(target))
     else:
         best = codes + pairs.starts[: codes.shape[1]]
         restored = _sums(best, pairs)
-    error = (target - restored).square().sum(-1)
+        error = (target - restored).square().sum(-1)
     plan = _whole_plan(first_round, rounds, tuple(pairs.sizes[: best.shape[1]]))
     known = best.contiguous(), restored, error, target, scores
     search_codes(*known, pairs.codewords, pairs.table, pairs.layout, plan, begin)
@@ -254,7 +257,7 @@ def _search_around(
     starts = pairs.starts[:steps]
     best, restored = codes + starts, decode(codes)
     error = (target - restored).square().sum(-1)
-    for number in range(rounds if steps > 1 else 0):
+    for number in range(rounds):
         scores = _scores(target - restored + _sums(best, pairs), steps, pairs, batch_invariant)
         trial, order = _replace_some(best, pairs, number, first_round)
         _choose_again(trial, scores, order, pairs)
