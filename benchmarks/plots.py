@@ -14,7 +14,8 @@ import argparse
 import environment
 import matplotlib
 from matplotlib import pyplot
-from tables import cells, label, search_label
+from rivals.tables import cells, label
+from tables import search_label
 
 MAX_BYTES = 64
 MARKERS = "osv^D<>pX*hPd"

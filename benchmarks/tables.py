@@ -1,4 +1,4 @@
-"""Writes the tables of README.md, and the model cards with their evaluations, from the results files.
+"""Writes the tables of all documents, and the model cards with their evaluations, from the results files.
 
     python benchmarks/tables.py [--check]
 
@@ -12,7 +12,21 @@ import sys
 from pathlib import Path
 
 import environment
+from rivals.tables import (
+    SHOWN,
+    cells,
+    curve,
+    everything,
+    quality,
+    quality_fashion,
+    quality_mpnet,
+    quality_sift,
+    quality_wordllama,
+    summary,
+    tasks,
+)
 from scaling.tables import costs, forecast, peaks, workers
+from sets import SETS
 
 from rqmoe_hf.bundled import bundled_quantizers, load_quantizer
 from rqmoe_hf.codes import describe_sizes
@@ -21,108 +35,8 @@ from rqmoe_hf.record import RECORD_FILE, EvaluationRecord
 from rqmoe_hf.saving import write_text
 
 ROOT = Path(__file__).parent.parent
-FLOAT_BYTES = 4 * 384
+DOCUMENTS = ("README.md", "benchmarks/RESULTS.md", "benchmarks/LEVERS.md", "docs/scaling.md")
 SEARCH_RECALL = 0.5
-COMPARED = 100_000  # training vectors of the methods that are trained in the benchmark
-
-
-def cells(name: str) -> list[dict]:
-    """The cells of a set that are compared, larger errors first: trained on 100,000 vectors, or finished."""
-    best: dict[tuple, dict] = {}
-    for cell in environment.load(f"quality-{name}").get("cells", {}).values():
-        if cell["method"].startswith("ours:") or cell["training_vectors"] in (None, COMPARED):
-            best[cell["method"], cell["bytes"]] = cell
-    return sorted(best.values(), key=lambda cell: (cell["bytes"], -cell["mse"]))
-
-
-def label(cell: dict) -> str:
-    """The name of a method as tables show it; what is ours in bold."""
-    if not cell["method"].startswith("ours"):
-        return cell["method"]
-    if not cell["method"].startswith("ours:"):
-        return f"**{cell['method'].removeprefix('ours, ')}** (ours)"
-    _, name, codes = cell["method"].split(":")
-    return f"**{name}**, {codes} codes"
-
-
-def summary() -> str:
-    """README's first table: bytes, memory and recall beside the uncompressed vectors."""
-    lines = ["| | bytes per vector | 10 million vectors | recall@10 | R@10 |", "| --- | ---: | ---: | ---: | ---: |"]
-    lines.append(f"| float32 | {FLOAT_BYTES:,} | {FLOAT_BYTES / 100:.1f} GB | 1.000 | 1.000 |")
-    shown = ("PQ", "OPQ", "RQ, beam 5", "LSQ", "LSQ x10")
-    for cell in sorted(cells("minilm-384"), key=lambda cell: (-cell["bytes"], -cell["recall_10_at_10"])):
-        if cell["bytes"] <= 32 and (cell["method"].startswith("ours:minilm-384") or cell["method"] in shown):
-            lines.append(
-                f"| {label(cell)} | {cell['bytes']} | {cell['bytes'] * 10:.0f} MB | {cell['recall_10_at_10']:.3f} | "
-                f"{cell['recall_at_1_10']:.3f} |"
-            )
-    return "\n".join(lines)
-
-
-def quality() -> str:
-    """All methods on the embeddings of all-MiniLM-L6-v2."""
-    return quality_table("minilm-384")
-
-
-def quality_mpnet() -> str:
-    """All methods on the embeddings of all-mpnet-base-v2."""
-    return quality_table("mpnet-768")
-
-
-def quality_wordllama() -> str:
-    """All methods on the embeddings of WordLlama."""
-    return quality_table("wordllama-256")
-
-
-def quality_sift() -> str:
-    """All methods on SIFT descriptors."""
-    return quality_table("sift-128")
-
-
-def quality_table(name: str) -> str:
-    """Error, recall and, where it was measured, retrieval."""
-    found = cells(name)
-    columns = {
-        "bytes": lambda cell: f"{cell['bytes']:,}",
-        "trained on": lambda cell: f"{cell['training_vectors'] or 0:,}",
-        "MSE": lambda cell: f"{cell['mse']:.3f}" if cell["mse"] < 10 else f"{cell['mse']:,.0f}",
-        "R@1": lambda cell: f"{cell['recall_at_1_1']:.3f}",
-        "R@10": lambda cell: f"{cell['recall_at_1_10']:.3f}",
-        "recall@10": lambda cell: f"{cell['recall_10_at_10']:.3f}",
-        "at norm 1": lambda cell: f"{cell['recall_10_at_10_renormalised']:.3f}",
-        "nDCG@10": lambda cell: f"{cell['tasks']['known_item_ndcg_at_10_asymmetric']:.3f}" if "tasks" in cell else "",
-        "codebooks": lambda cell: f"{cell['codebook_bytes'] / 1e6:.1f} MB",
-    }
-    if not all("recall_10_at_10_renormalised" in cell for cell in found):  # vectors that have no norm of one
-        del columns["at norm 1"]
-    if not any("tasks" in cell for cell in found):
-        del columns["nDCG@10"]
-    lines = [f"| method | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
-    lines += [f"| {label(cell)} | {' | '.join(show(cell) for show in columns.values())} |" for cell in found]
-    return "\n".join(lines)
-
-
-def curve() -> str:
-    """The least error at 8 bytes by the number of training vectors, of Faiss's LSQ and of ours."""
-    best: dict[int, dict[str, dict]] = {}
-    for cell in environment.load("quality-minilm-384").get("cells", {}).values():
-        if cell["bytes"] == 8 and cell["method"].startswith(("LSQ", "ours, ")):
-            family = cell["method"].partition(" ")[0].rstrip(",")
-            rows = best.setdefault(cell["training_vectors"], {})
-            if family not in rows or cell["mse"] < rows[family]["mse"]:
-                rows[family] = cell
-    lines = [
-        "| training vectors | LSQ | MSE | recall@10 | ours | MSE | recall@10 | less error |",
-        "| ---: | --- | ---: | ---: | --- | ---: | ---: | ---: |",
-    ]
-    for count, rows in sorted(best.items()):
-        parts = [f"{count:,}"]
-        for row in (rows.get("LSQ"), rows.get("ours")):
-            numbers = [f"{row[key]:.3f}" for key in ("mse", "recall_10_at_10")] if row else ["", ""]
-            parts += [row["method"].removeprefix("ours, ") if row else "", *numbers]
-        parts.append(f"{100 * (1 - rows['ours']['mse'] / rows['LSQ']['mse']):.0f} %" if len(rows) == 2 else "")
-        lines.append(f"| {' | '.join(parts)} |")
-    return "\n".join(lines)
 
 
 def engine() -> str:
@@ -184,27 +98,6 @@ def additive_cuda() -> str:
                 lines.append(
                     f"| {name} | {cell['bytes']} | {cell['training_vectors']:,} | {cell['train_seconds']:.0f} s | "
                     f"{cell['encode_per_second']:,} | {cell['decode_per_second']:,} |"
-                )
-    return "\n".join(lines)
-
-
-def tasks() -> str:
-    """What similarity and retrieval keep."""
-    lines = [
-        "| | bytes | compressed | STS Spearman | known-item nDCG@10 | accuracy@1 |",
-        "| --- | ---: | --- | ---: | ---: | ---: |",
-    ]
-    for cell in reversed(cells("minilm-384")):
-        found = cell.get("tasks", {})
-        if not cell["method"].startswith(("ours:", "float32")) or not found:
-            continue
-        for side, words in (("asymmetric", "documents"), ("symmetric", "both sides")):
-            exact = cell["method"] == "float32"
-            if not exact or side == "asymmetric":
-                lines.append(
-                    f"| {'uncompressed' if exact else label(cell)} | {cell['bytes']:,} | "
-                    f"{'nothing' if exact else words} | {found[f'sts_spearman_{side}']:.1f} | "
-                    f"{found[f'known_item_ndcg_at_10_{side}']:.3f} | {found[f'known_item_accuracy_at_1_{side}']:.3f} |"
                 )
     return "\n".join(lines)
 
@@ -275,7 +168,7 @@ def refresh_record(name: str, file: Path) -> str:
     record.comparison = [
         {"method": _method(cell), "bytes_per_vector": cell["bytes"], **{key: cell[key] for key in kept}}
         for cell in measured
-        if cell in own or (cell["bytes"] in sizes and not cell["method"].startswith("ours"))
+        if cell in own or (cell["bytes"] in sizes and cell["method"] in SHOWN)
     ]
     exact = next(cell["tasks"] for cell in measured if cell["method"] == "float32")
     record.preserved = []
@@ -399,6 +292,7 @@ TABLES = {
         quality_mpnet,
         quality_wordllama,
         quality_sift,
+        quality_fashion,
         curve,
         engine,
         engine_cuda,
@@ -419,7 +313,7 @@ TABLES = {
         peaks,
         workers,
     )
-}
+} | {f"all_{name.replace('-', '_')}": everything(name) for name in SETS}
 
 
 def fill(text: str) -> str:
@@ -436,8 +330,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    documents = (ROOT / "README.md", ROOT / "benchmarks" / "LEVERS.md", ROOT / "docs" / "scaling.md")
-    wanted = {file: fill(file.read_text("utf-8")) for file in documents}
+    wanted = {ROOT / name: fill((ROOT / name).read_text("utf-8")) for name in DOCUMENTS}
     for name, folder in bundled_quantizers().items():
         text = refresh_record(name, folder / RECORD_FILE)
         record, model = EvaluationRecord.from_json(text), load_quantizer(name)

@@ -1,0 +1,174 @@
+"""The tables of `quality.py`'s results: README's have the best-known methods, RESULTS.md's have all."""
+
+from collections.abc import Callable
+
+import environment
+
+FLOAT_BYTES = 4 * 384
+COMPARED = 100_000  # training vectors of what is trained in the benchmark, or all that a smaller set has
+SUMMARY = ("PQ", "OPQ", "RQ, beam 5", "LSQ", "LSQ x10")
+SHOWN = (*SUMMARY, "RaBitQ (PCA)", "TurboQuant (PCA)", "float32")  # in README; RESULTS.md has the others
+SHOWN_PREFIXES = ("ours", "official")
+
+Column = Callable[[dict], str]
+
+
+def cells(name: str) -> list[dict]:
+    """The cells of a set that are compared, larger errors first: trained on 100,000 vectors, or finished."""
+    found = environment.load(f"quality-{name}").get("cells", {}).values()
+    most = max((cell["training_vectors"] or 0 for cell in found if not cell["method"].startswith("ours:")), default=0)
+    best: dict[tuple, dict] = {}
+    for cell in found:
+        enough = cell["training_vectors"] in (None, min(COMPARED, most)) or "note" in cell  # which says why not all
+        if cell["method"].startswith("ours:") or enough:
+            best[cell["method"], cell["bytes"]] = cell
+    return sorted(best.values(), key=lambda cell: (cell["bytes"], -cell["mse"]))
+
+
+def label(cell: dict) -> str:
+    """The name of a method as tables show it; what is ours in bold."""
+    if not cell["method"].startswith("ours"):
+        return cell["method"]
+    if not cell["method"].startswith("ours:"):
+        return f"**{cell['method'].removeprefix('ours, ')}** (ours)"
+    _, name, codes = cell["method"].split(":")
+    return f"**{name}**, {codes} codes"
+
+
+def summary() -> str:
+    """README's first table: bytes, memory and recall beside the uncompressed vectors."""
+    lines = ["| | bytes per vector | 10 million vectors | recall@10 | R@10 |", "| --- | ---: | ---: | ---: | ---: |"]
+    lines.append(f"| float32 | {FLOAT_BYTES:,} | {FLOAT_BYTES / 100:.1f} GB | 1.000 | 1.000 |")
+    for cell in sorted(cells("minilm-384"), key=lambda cell: (-cell["bytes"], -cell["recall_10_at_10"])):
+        if cell["bytes"] <= 32 and (cell["method"].startswith("ours:minilm-384") or cell["method"] in SUMMARY):
+            lines.append(
+                f"| {label(cell)} | {cell['bytes']} | {cell['bytes'] * 10:.0f} MB | {cell['recall_10_at_10']:.3f} | "
+                f"{cell['recall_at_1_10']:.3f} |"
+            )
+    return "\n".join(lines)
+
+
+def quality() -> str:
+    """The embeddings of all-MiniLM-L6-v2."""
+    return shown_table("minilm-384")
+
+
+def quality_mpnet() -> str:
+    """The embeddings of all-mpnet-base-v2."""
+    return shown_table("mpnet-768")
+
+
+def quality_wordllama() -> str:
+    """The embeddings of WordLlama."""
+    return shown_table("wordllama-256")
+
+
+def quality_sift() -> str:
+    """SIFT descriptors."""
+    return shown_table("sift-128")
+
+
+def quality_fashion() -> str:
+    """Pictures of clothes, as their grey values."""
+    return shown_table("fashion-mnist-784")
+
+
+def error_of(cell: dict) -> str:
+    """The error in the units of the vectors, whose norm is one or hundreds."""
+    return f"{cell['mse']:.3f}" if cell["mse"] < 10 else f"{cell['mse']:,.0f}"
+
+
+def columns_of(found: list[dict], everything: bool) -> dict[str, Column]:
+    """The columns that cells have in common, or that some of them have."""
+
+    def number(key: str) -> Column:
+        return lambda cell: f"{cell[key]:.3f}" if key in cell else ""
+
+    def task(key: str, digits: int) -> Column:
+        return lambda cell: f"{cell['tasks'][key]:.{digits}f}" if "tasks" in cell else ""
+
+    short: dict[str, Column] = {
+        "bytes": lambda cell: f"{cell['bytes']:,}",
+        "trained on": lambda cell: f"{cell['training_vectors'] or 0:,}",
+        "MSE": error_of,
+        "R@1": number("recall_at_1_1"),
+        "R@10": number("recall_at_1_10"),
+        "recall@10": number("recall_10_at_10"),
+        "at norm 1": number("recall_10_at_10_renormalised"),
+        "nDCG@10": task("known_item_ndcg_at_10_asymmetric", 3),
+    }
+    more: dict[str, Column] = {
+        "STS": task("sts_spearman_asymmetric", 1),
+        "R@100": number("recall_at_1_100"),
+        "own search": number("recall_10_at_10_own_search"),
+        "cosine": number("cosine"),
+        "bits": lambda cell: f"{cell['bits']:,}",
+        "training": lambda cell: f"{cell['train_seconds']:,.0f} s" if cell["train_seconds"] else "",
+        "encoded/s": lambda cell: f"{cell['encode_per_second']:,}",
+        "decoded/s": lambda cell: f"{cell['decode_per_second']:,}",
+        "threads": lambda cell: "GPU" if cell.get("gpu") else str(cell["threads"]["faiss"]),
+    }
+    size: dict[str, Column] = {"codebooks": lambda cell: f"{cell['codebook_bytes'] / 1e6:.1f} MB"}
+    columns = short | size if not everything else short | more | size | {"note": lambda cell: cell.get("note", "")}
+    return {name: show for name, show in columns.items() if any(show(cell) for cell in found)}
+
+
+def quality_table(found: list[dict], everything: bool = False) -> str:
+    """Error, recall and, where it was measured, retrieval."""
+    columns = columns_of(found, everything)
+    lines = [f"| method | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
+    lines += [f"| {label(cell)} | {' | '.join(show(cell) for show in columns.values())} |" for cell in found]
+    return "\n".join(lines)
+
+
+def shown_table(name: str) -> str:
+    """The best-known methods on a set, and what is ours."""
+    shown = [cell for cell in cells(name) if cell["method"].startswith(SHOWN_PREFIXES) or cell["method"] in SHOWN]
+    return quality_table(shown)
+
+
+def everything(name: str) -> Callable[[], str]:
+    """A function that makes the table of all methods on a set."""
+    return lambda: quality_table(cells(name), everything=True)
+def curve() -> str:
+    """The least error at 8 bytes by the number of training vectors, of Faiss's LSQ and of ours."""
+    best: dict[int, dict[str, dict]] = {}
+    for cell in environment.load("quality-minilm-384").get("cells", {}).values():
+        if cell["bytes"] == 8 and cell["method"].startswith(("LSQ", "ours, ")):
+            family = cell["method"].partition(" ")[0].rstrip(",")
+            rows = best.setdefault(cell["training_vectors"], {})
+            if family not in rows or cell["mse"] < rows[family]["mse"]:
+                rows[family] = cell
+    lines = [
+        "| training vectors | LSQ | MSE | recall@10 | ours | MSE | recall@10 | less error |",
+        "| ---: | --- | ---: | ---: | --- | ---: | ---: | ---: |",
+    ]
+    for count, rows in sorted(best.items()):
+        parts = [f"{count:,}"]
+        for row in (rows.get("LSQ"), rows.get("ours")):
+            numbers = [f"{row[key]:.3f}" for key in ("mse", "recall_10_at_10")] if row else ["", ""]
+            parts += [row["method"].removeprefix("ours, ") if row else "", *numbers]
+        parts.append(f"{100 * (1 - rows['ours']['mse'] / rows['LSQ']['mse']):.0f} %" if len(rows) == 2 else "")
+        lines.append(f"| {' | '.join(parts)} |")
+    return "\n".join(lines)
+
+
+def tasks() -> str:
+    """What similarity and retrieval keep."""
+    lines = [
+        "| | bytes | compressed | STS Spearman | known-item nDCG@10 | accuracy@1 |",
+        "| --- | ---: | --- | ---: | ---: | ---: |",
+    ]
+    for cell in reversed(cells("minilm-384")):
+        found = cell.get("tasks", {})
+        if not cell["method"].startswith(("ours:", "float32")) or not found:
+            continue
+        for side, words in (("asymmetric", "documents"), ("symmetric", "both sides")):
+            exact = cell["method"] == "float32"
+            if not exact or side == "asymmetric":
+                lines.append(
+                    f"| {'uncompressed' if exact else label(cell)} | {cell['bytes']:,} | "
+                    f"{'nothing' if exact else words} | {found[f'sts_spearman_{side}']:.1f} | "
+                    f"{found[f'known_item_ndcg_at_10_{side}']:.3f} | {found[f'known_item_accuracy_at_1_{side}']:.3f} |"
+                )
+    return "\n".join(lines)
