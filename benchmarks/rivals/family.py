@@ -18,7 +18,7 @@ from rqmoe_hf.least_squares import MAX_COLUMNS
 from rqmoe_hf.record import TRAINING_FILE
 from rqmoe_hf.training import RQMoETrainingArguments, initialize, train_quantizer
 from rqmoe_hf.training.initialization import block_bytes
-from rqmoe_hf.training.run import LOCAL_SEARCH, LOCAL_SEARCH_BEAM
+from rqmoe_hf.training.run import LOCAL_SEARCH, LOCAL_SEARCH_BEAM, suitable_rounds
 
 from .additive_tables import best_tables, decode_tables
 from .interface import contiguous, squared_error
@@ -162,6 +162,7 @@ class OursAdditive:
     def train(self, vectors: np.ndarray) -> None:
         """See [`Quantizer.train`]."""
         initialize(self.model, vectors, "lsq", rounds=self.rounds).eval()
+        self.model.config.local_search = suitable_rounds(self.model, vectors)
 
     def encode(self, vectors: np.ndarray) -> np.ndarray:
         """Packed codes, uint8."""

@@ -89,7 +89,7 @@ def train(
         int | None, typer.Option(help="Beam of the encoder, also in training. Default: 4; additive: 1.")
     ] = None,
     local_search: Annotated[
-        int | None, typer.Option(help="Rounds of local search of the encoder. Default: 0; additive: 32.")
+        int | None, typer.Option(help="Rounds of local search of the encoder. Default: 0; additive: 32 to 256, as many as lower the error.")
     ] = None,
     init: Annotated[Start, typer.Option(help="rq, or lsq (better and slower; not for huge codebooks).")] = Start.rq,
     init_sample_size: Annotated[
@@ -145,7 +145,7 @@ def train(
     else:
         held_out = load_embeddings(evaluation, column, split)
         held_out = held_out.select(range(min(evaluation_size, len(held_out))))
-    parts, sizes, blocks = parse_sizes(codebook_sizes), None, None
+    parts, sizes, blocks, choose_local_search = parse_sizes(codebook_sizes), None, None, False
     if bytes_per_vector is not None:
         count = limit if streaming and limit else len(dataset)
         parts = suitable_blocks(bytes_per_vector, count) if additive else [suitable_sizes(bytes_per_vector, count)]
@@ -157,6 +157,7 @@ def train(
         num_codebooks, codebook_size = len(sizes), max(sizes)
     if additive:
         member, init = Member.additive, Start.lsq
+        choose_local_search = local_search is None
         local_search = LOCAL_SEARCH if local_search is None else local_search
         beam_size = LOCAL_SEARCH_BEAM if beam_size is None else beam_size
     if start_from is not None:
@@ -211,6 +212,7 @@ def train(
         half_size,
         description,
         init_temperature,
+        choose_local_search,
     )
     if args.process_index == 0:
         write_card(output)

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 STATISTICS_ROWS = 200_000  # mean and scale of a larger set are those of a sample
 LSQ_ROWS = 1_000_000  # vectors that LSQ is trained on, at most: all are kept in memory
 LOCAL_SEARCH, LOCAL_SEARCH_BEAM = 32, 1  # with which codebooks of LSQ are used: rounds are worth more than a beam
+MAX_LOCAL_SEARCH, WORTHWHILE = 256, 0.02  # rounds at most; error that twice the rounds must take off to be worth it
+TRIED_VECTORS = 1_000  # that rounds are tried on
 LSQ_FILE = "lsq.npz"  # beside the checkpoints, with a number: LSQ half done
 ADDITIVE_FOLDER = "additive"  # beside the checkpoints: what training started from
 
@@ -45,6 +47,7 @@ def train_quantizer(
     half_size: bool = False,
     description: str | None = None,
     init_temperature: float = TEMPERATURE,
+    choose_local_search: bool = False,
 ) -> RQMoEModel:
     """Initialises and trains a quantizer, and saves it to `args.output_dir`.
 
@@ -63,6 +66,8 @@ def train_quantizer(
         half_size: Round the final weights to bfloat16 values and store them in half the bytes.
         description: What the texts are, in words, for the card.
         init_temperature: See [`initialize`], `temperature`.
+        choose_local_search: Give an additive quantizer started by LSQ the [`suitable_rounds`] of local search instead
+            of those of `model`.
 
     If the additive quantizer that a new model starts from has a lower error on `eval_dataset` in the end (few vectors,
     few epochs), it is saved instead, and a warning says so. Additive quantizers started by LSQ are complete as they
@@ -94,6 +99,9 @@ def train_quantizer(
     share_weights(quantizer, args)
     trainer = RQMoETrainer(model=quantizer, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset)
     if without_gradients:  # least squares have found what gradients would look for
+        if choose_local_search:  # every process by itself: all have the same weights and the same vectors
+            some = as_array(eval_dataset, np.arange(min(len(eval_dataset), TRIED_VECTORS)))
+            quantizer.config.local_search = suitable_rounds(quantizer.eval(), some)
         trainer.evaluate()
     else:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -166,6 +174,35 @@ def _adapt(
             after,
         )
         quantizer.load_state_dict(weights)
+
+
+def suitable_rounds(model: RQMoEModel, vectors: np.ndarray) -> int:
+    """Rounds of local search that suit a quantizer.
+
+    How many it takes depends on the vectors: codes of text embeddings in 8 bytes hardly get better after 32 rounds,
+    those of image descriptors still do after 128 (benchmarks/LEVERS.md).
+
+    Args:
+        model: An additive quantizer.
+        vectors: float32 `(n, hidden_size)`, the first 1,000 of which are encoded.
+
+    Returns:
+        32, or twice, four or eight times as many: doubled while that lowers the error by 2 % or more.
+    """
+
+    def error(rounds: int) -> float:
+        codes = model.compress(some, local_search=rounds, show_progress_bar=False)
+        restored = model.decompress(codes, show_progress_bar=False)
+        return float(np.square(some - restored).sum(axis=1, dtype=np.float64).mean())
+
+    some, rounds = np.ascontiguousarray(vectors[:TRIED_VECTORS], np.float32), LOCAL_SEARCH
+    known = error(rounds)
+    while rounds < MAX_LOCAL_SEARCH:
+        better = error(2 * rounds)
+        if better > (1 - WORTHWHILE) * known:
+            break
+        rounds, known = 2 * rounds, better
+    return rounds
 
 
 def additive_member(model: RQMoEModel, init_method: str) -> RQMoEModel:
