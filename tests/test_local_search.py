@@ -14,6 +14,7 @@ from rqmoe_hf import RQMoEConfig, RQMoEModel
 from rqmoe_hf.least_squares import WINDOW, RecentFit, RunningFit, improve_codewords, solve_codewords
 from rqmoe_hf.local_search_rqmoe import build_pair_tables
 from rqmoe_hf.training.lsq import train_lsq
+from rqmoe_hf.training.run import suitable_rounds
 
 
 def errors(model: RQMoEModel, vectors: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
@@ -53,6 +54,21 @@ def test_every_member_gains_and_no_vector_loses(model, vectors):
     least = 1e-4 if model.config.conditioning == "reconstruction" else 0.005
     assert lost.mean() < -least * errors(model, vectors, before.codes).mean()
     torch.testing.assert_close(after.reconstruction, model.decode(after.codes).reconstruction, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(2, {32}), (24, {64, 128, 256})])
+def test_rounds_are_doubled_while_it_lowers_the_error(steps, expected):
+    # Of two codes the search is at its end at once; 24 in 16 dimensions are hard to find.
+    model = randomize(RQMoEModel(RQMoEConfig.additive(hidden_size=16, num_codebooks=steps, codebook_size=16)))
+    vectors = torch.randn(400, 16, generator=torch.Generator().manual_seed(3))
+    chosen = suitable_rounds(model, vectors.numpy())
+    known = {
+        rounds: errors(model, vectors, model.encode(vectors, beam_size=1, local_search=rounds).codes).mean()
+        for rounds in (32, 64, 128, 256)
+    }
+    assert chosen in expected
+    assert all(known[rounds] <= 0.98 * known[rounds // 2] for rounds in known if 32 < rounds <= chosen)
+    assert chosen == 256 or known[2 * chosen] > 0.98 * known[chosen]
 
 
 def test_tables_are_as_precise_under_autocast(vectors):

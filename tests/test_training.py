@@ -79,6 +79,18 @@ def test_lsq_needs_no_gradients(clustered, tmp_path):
     assert not list((tmp_path / "lsq").rglob("lsq.npz"))
 
 
+def test_an_additive_quantizer_is_saved_with_the_rounds_that_suit_it(clustered, tmp_path):
+    train, held_out = load_embeddings(clustered[1000:]), load_embeddings(clustered[:1000])
+    config = RQMoEConfig.additive(hidden_size=16, num_codebooks=16, codebook_size=16, local_search=1)
+    train_quantizer(config, train, held_out, arguments(tmp_path), "lsq", init_rounds=5, choose_local_search=True)
+    saved = RQMoEModel.from_pretrained(tmp_path)
+    found = {rounds: mse(saved, clustered[:1000], local_search=rounds) for rounds in (32, 64, 128, 256)}
+    worthwhile = [rounds for rounds in (64, 128, 256) if found[rounds] <= 0.98 * found[rounds // 2]]
+    assert saved.config.local_search == 32 * 2 ** len(worthwhile) > 32  # it pays less and less
+    log = json.loads((tmp_path / "training_log.json").read_text())
+    assert log[-1]["eval_mse"] == pytest.approx(mse(saved, clustered[100:1000]), rel=0.02)  # measured with these rounds
+
+
 def test_the_trainer_refuses_a_model_without_data(clustered, tmp_path):
     data = load_embeddings(clustered)
     trainer = RQMoETrainer(
