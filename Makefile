@@ -29,7 +29,8 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile \
+	  --no-loadscope-reorder
 
 # The oldest versions that pyproject.toml allows, for the core and the extras demo, serve, plot and tensorboard. PYTHON must be
 # 3.11, the oldest too. On Linux that torch brings CUDA along: 3 GB to download, 6 GB on disk.

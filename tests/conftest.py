@@ -23,6 +23,7 @@ from rqmoe_hf.training import initialize
 
 ROOT = Path(__file__).parent.parent
 SIZE, STEPS, CODEWORDS = 16, 4, 20
+SLOWEST = ["test_notebooks", "test_documents", "test_hub", "test_ray", "test_demo"]  # minutes each
 COMMON = {"hidden_size": SIZE, "num_codebooks": STEPS, "codebook_size": CODEWORDS, "intermediate_size": 8}
 MEMBERS = {  # the engine folds up to four expert layers at these sizes: two and three are folded, five are not
     "additive": RQMoEConfig.additive(**COMMON),
@@ -48,6 +49,11 @@ def randomize(model: RQMoEModel, seed: int = 0) -> RQMoEModel:
         model.mean.copy_(torch.randn(model.mean.shape, generator=generator))
         model.scale.fill_(0.7)
     return model.eval()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take longest come first: each is run by one process, and none should wait for another's last file."""
+    items.sort(key=lambda item: SLOWEST.index(item.path.stem) if item.path.stem in SLOWEST else len(SLOWEST))
 
 
 @pytest.fixture(params=list(MEMBERS))
