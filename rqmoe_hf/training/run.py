@@ -199,7 +199,7 @@ def suitable_rounds(model: RQMoEModel, vectors: np.ndarray) -> int:
     known = error(rounds)
     while rounds < MAX_LOCAL_SEARCH:
         better = error(2 * rounds)
-        if better > (1 - WORTHWHILE) * known:
+        if better >= (1 - WORTHWHILE) * known:
             break
         rounds, known = 2 * rounds, better
     return rounds
