@@ -92,6 +92,15 @@ def test_slow_rivals_at_a_low_rate(method, vectors):
     check(build(method, DIMENSION, 4), vectors, 4)
 
 
+def test_more_iterations_only_find_better_codes(vectors):
+    short, long = (build(method, DIMENSION, 4) for method in ("LSQ", "LSQ, 128 iterations"))
+    for quantizer in (short, long):
+        quantizer.train(vectors[:TRAINING])
+    np.testing.assert_array_equal(short.decode(np.eye(4, dtype=np.uint8)), long.decode(np.eye(4, dtype=np.uint8)))
+    errors = [squared_error(vectors, one.decode(one.encode(vectors))) for one in (short, long)]
+    assert errors[1] < 0.999 * errors[0]
+
+
 @pytest.mark.parametrize("size", [8, 16, 32, 64])
 @pytest.mark.parametrize("dimension", [32, 784])
 @pytest.mark.parametrize("method", [name for name in RIVALS if name != "ResidualVQ"])

@@ -88,7 +88,7 @@ def test_an_additive_quantizer_is_saved_with_the_rounds_that_suit_it(clustered, 
     worthwhile = [rounds for rounds in (64, 128, 256) if found[rounds] <= 0.98 * found[rounds // 2]]
     assert saved.config.local_search == 32 * 2 ** len(worthwhile) > 32  # it pays less and less
     log = json.loads((tmp_path / "training_log.json").read_text())
-    assert log[-1]["eval_mse"] == pytest.approx(mse(saved, clustered[100:1000]), rel=0.02)  # measured with these rounds
+    assert log[-1]["eval_mse"] == pytest.approx(mse(saved, clustered[100:1000]), rel=0.02)  # with these rounds
 
 
 def test_the_trainer_refuses_a_model_without_data(clustered, tmp_path):

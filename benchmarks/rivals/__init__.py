@@ -29,6 +29,7 @@ RIVALS: dict[str, Maker] = {
     "RQ x12, beam 5": lambda dimension, size: residual(dimension, equal_steps(size, 12), 5),
     "RQ x12 and rest, beam 5": lambda dimension, size: residual(dimension, mixed_steps(size, 12), 5),
     "LSQ": lambda dimension, size: local_search(dimension, size, 8),
+    "LSQ, 128 iterations": lambda dimension, size: local_search(dimension, size, 8, 128),
     "LSQ x9": lambda dimension, size: local_search(dimension, size, 9),
     "LSQ x10": lambda dimension, size: local_search(dimension, size, 10),
     "PRQ": lambda dimension, size: product_of_additive(dimension, size, "residual"),

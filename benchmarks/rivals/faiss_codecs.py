@@ -13,6 +13,7 @@ POINTS_PER_CODEWORD = 1_024
 TRAINING_BEAM = 5
 # k-means of so many codewords takes minutes for each vector of the beam: on the best entry alone.
 LARGE_CODEBOOK_BITS = 12
+LSQ_ITERATIONS = 16  # Faiss's default
 
 
 class FaissCodec:
@@ -59,6 +60,19 @@ class BeamCodec(FaissCodec):
         self.index.rq.max_beam_size = self.beam
 
 
+class SearchingCodec(FaissCodec):
+    """Faiss's local-search quantizer, encoding with more iterations than it is trained with."""
+
+    def __init__(self, index: faiss.IndexLocalSearchQuantizer, code_bits: int, codebook_floats: int, iterations: int):
+        super().__init__(index, code_bits, codebook_floats)
+        self.iterations = iterations
+
+    def encode(self, vectors: np.ndarray) -> np.ndarray:
+        """Packed codes, uint8."""
+        self.index.lsq.encode_ils_iters = self.iterations
+        return super().encode(vectors)
+
+
 def product(dimension: int, size: int, rotated: bool = False) -> FaissCodec:
     """PQ: one byte for each of `size` slices; where slices would be unequal, zeros are spread among the dimensions.
 
@@ -97,11 +111,18 @@ def mixed_steps(size: int, bits: int) -> list[int]:
     return [*steps, rest] if rest else steps
 
 
-def local_search(dimension: int, size: int, bits: int) -> FaissCodec:
-    """LSQ: jointly trained codebooks, codes by iterated local search."""
+def local_search(dimension: int, size: int, bits: int, iterations: int = LSQ_ITERATIONS) -> SearchingCodec:
+    """LSQ: jointly trained codebooks, codes by iterated local search.
+
+    Args:
+        dimension: Of the vectors.
+        size: Bytes.
+        bits: Per code.
+        iterations: Of the search when encoding.
+    """
     steps = equal_steps(size, bits)
     index = faiss.IndexLocalSearchQuantizer(dimension, len(steps), bits)
-    return FaissCodec(index, sum(steps), len(steps) * (1 << bits) * dimension)
+    return SearchingCodec(index, sum(steps), len(steps) * (1 << bits) * dimension, iterations)
 
 
 def product_of_additive(dimension: int, size: int, kind: str) -> FaissCodec | None:
