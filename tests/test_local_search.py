@@ -32,6 +32,20 @@ def test_finds_the_best_of_all_codes():
     assert (greedy < best + 1e-4).float().mean() < 0.7
 
 
+@pytest.mark.parametrize(("steps", "kept"), [(1, None), (3, 1)])
+def test_a_single_code_is_the_nearest_codeword_by_exact_distances(steps, kept):
+    # Codewords that differ by less than the tables of the search, which are float16, can tell.
+    config = RQMoEConfig.additive(hidden_size=8, num_codebooks=steps, codebook_size=50, beam_size=1)
+    model, generator = randomize(RQMoEModel(config)), torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        model.codebooks[0] = 1 + 1e-3 * torch.randn(50, 8, generator=generator)
+    near = model.mean + model.scale * (1 + 1e-3 * torch.randn(300, 8, generator=generator))
+    codewords = model.mean.double() + model.scale.double() * model.codebooks[0].detach().double()
+    nearest = torch.cdist(near.double(), codewords).argmin(dim=1)
+    codes = model.encode(near, num_codebooks=kept, local_search=8).codes
+    assert (codes[:, 0] == nearest).float().mean() > 0.99
+
+
 def test_no_single_code_of_an_additive_quantizer_can_be_improved(vectors):
     model = randomize(RQMoEModel(MEMBERS["additive"]))
     codes = model.encode(vectors, local_search=30).codes
