@@ -7,7 +7,7 @@ import environment
 FLOAT_BYTES = 4 * 384
 COMPARED = 100_000  # training vectors of what is trained in the benchmark, or all that a smaller set has
 SUMMARY = ("PQ", "OPQ", "RQ, beam 5", "LSQ", "LSQ x10")
-SHOWN = (*SUMMARY, "LSQ, 128 iterations", "RaBitQ (PCA)", "TurboQuant (PCA)", "float32")  # in README
+SHOWN = (*SUMMARY, "LSQ, 128 iterations", "RaBitQ (PCA)", "TurboQuant (PCA)", "binary, rescored", "int8", "float32")
 SHOWN_PREFIXES = ("ours", "official")
 
 Column = Callable[[dict], str]
