@@ -152,7 +152,7 @@ class Scanner:
 
         The first time through it is found out how long the lists will be, so that they get their place at once: a
         list that outgrows its place is copied, and what it takes then is up to twice what it needs. Beside the lists,
-        what is kept for each vector meanwhile are its list and the code of its norm, 3 bytes.
+        what is kept for each vector meanwhile is which of them it belongs to, 2 bytes, and nothing if there is one.
 
         Args:
             batches: Gives the same batches each time that it is gone through. If it fails the second time, some may
@@ -163,17 +163,17 @@ class Scanner:
         """
         if iter(batches) is batches:
             raise ValueError("The batches are gone through twice, got an iterator: give a list of them.")
-        assigned = [self._assigned(codes) for _, codes in batches]
+        assigned = [self._lists_of(codes) for _, codes in batches]
         if not assigned:
             return
         self._own()
         counts = np.zeros(self.lists, np.int64)
-        for lists, _ in assigned:
+        for lists in assigned:
             counts += np.bincount(lists, minlength=self.lists)
         self._make_room(counts)
         gathered: list[tuple[np.ndarray, ...]] = []
-        for (rows, codes), (lists, levels) in zip(batches, assigned, strict=True):
-            gathered.append((rows, self._scannable(codes, levels), lists))
+        for (rows, codes), lists in zip(batches, assigned, strict=True):
+            gathered.append((rows, self._scannable(codes), lists))
             if sum(len(part[0]) for part in gathered) >= GATHERED_ROWS:
                 self._append(gathered)
                 gathered.clear()
@@ -201,32 +201,30 @@ class Scanner:
                 self._index.invlists.add_entries(number, len(part[0]), *map(faiss.swig_ptr, part))
         self._index.ntotal += len(rows)
 
-    def _assigned(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """The list that each of the codes belongs to, and the code of its norm, uint8, if norms are needed."""
+    def _lists_of(self, codes: np.ndarray) -> np.ndarray:
+        """The list that each of the codes belongs to; if there is but one, an array that takes no memory."""
         if codes.shape[1] != self.code_bytes:  # Faiss would read on behind them
             raise DamagedRowsError(f"its codes have {codes.shape[1]} bytes, not {self.code_bytes}")
-        lists, levels = np.zeros(len(codes), np.uint16 if self.lists <= 1 << 16 else np.int32), None
-        by_first = self.tables.by_first_code
-        if by_first:
-            lists[:] = first_codes(codes, self._bits[0])
+        kind = np.uint16 if self.lists <= 1 << 16 else np.int32
+        if self.tables.by_first_code:
+            lists = first_codes(codes, self._bits[0]).astype(kind)
             if lists.max(initial=0) >= self.lists:  # Faiss would write behind the lists
                 raise DamagedRowsError(f"one of its first codes is {lists.max()}, of {self.lists} codewords")
-        if self.tables.norms is None and (by_first or self.lists == 1):
-            return lists, None
-        sums = self.sums(codes)
-        if self.lists > 1 and not by_first:
-            lists[:] = self._coarse.search(sums, 1)[1][:, 0]
-        if self.tables.norms is not None:
-            low, high = self.tables.norms[[0, -1]]
-            levels = (np.linalg.norm(sums, axis=1) - low) / max(high - low, 1e-12) * (NORM_LEVELS - 1)
-            levels = np.clip(np.rint(levels), 0, NORM_LEVELS - 1).astype(np.uint8)
-        return lists, levels
+            return lists
+        if self.lists == 1:
+            return np.broadcast_to(kind(0), len(codes))
+        return self._coarse.search(self.sums(codes), 1)[1][:, 0].astype(kind)
 
-    def _scannable(self, codes: np.ndarray, levels: np.ndarray | None) -> np.ndarray:
-        """Codes as the lists hold them: without first codes that the list tells, and with that of the norm."""
+    def _scannable(self, codes: np.ndarray) -> np.ndarray:
+        """Codes as the lists hold them: without first codes that the list tells, and with that of the norm, a byte."""
+        scanned = codes
         if self.tables.by_first_code:
-            codes = other_codes(codes, self._bits[0], self._scanned_bytes)
-        return codes if levels is None else np.hstack([codes, levels[:, None]])
+            scanned = other_codes(codes, self._bits[0], self._scanned_bytes)
+        if self.tables.norms is None:
+            return scanned
+        low, high = self.tables.norms[[0, -1]]
+        levels = (np.linalg.norm(self.sums(codes), axis=1) - low) / max(high - low, 1e-12) * (NORM_LEVELS - 1)
+        return np.hstack([scanned, np.clip(np.rint(levels), 0, NORM_LEVELS - 1).astype(np.uint8)[:, None]])
 
     def remove(self, rows: np.ndarray) -> None:
         """Drops rows; those that are not there are passed over."""
