@@ -16,11 +16,12 @@ for "l2", by cosine for "cosine".
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from tempfile import SpooledTemporaryFile
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ from .scans import FEW_THREADS, mapping, scan, scan_soon
 from .snapshots import check_arrays, span_of
 
 NORM_LEVELS = 256
+SPOOLED_BYTES = 1 << 20  # of list numbers that stay in memory
 GATHERED_ROWS = 1 << 18  # that are in memory beside the lists while they are added
 MARKS = 1 << 30  # row numbers up to which a table tells which rows are wanted
 QUERIES = 256  # whose look-up tables are computed at a time
@@ -151,28 +153,38 @@ class Scanner:
         """Adds rows, int64 `(n,)`, and their packed codes, uint8 `(n, bytes)`, batch by batch.
 
         The first time through it is found out how long the lists will be, so that they get their place at once: a
-        list that outgrows its place is copied, and what it takes then is up to twice what it needs. Beside the lists,
-        what is kept for each vector meanwhile is which of them it belongs to, 2 bytes, and nothing if there is one.
+        list that outgrows its place is copied, and what it takes then is up to twice what it needs. Which list each
+        vector belongs to is kept in a temporary file meanwhile.
 
         Args:
             batches: Gives the same batches each time that it is gone through. If it fails the second time, some may
                 be in.
 
         Raises:
-            ValueError: If it can be gone through only once.
+            ValueError: If it can be gone through only once, or has more rows the second time.
         """
         if iter(batches) is batches:
             raise ValueError("The batches are gone through twice, got an iterator: give a list of them.")
-        assigned = [self._lists_of(codes) for _, codes in batches]
-        if not assigned:
-            return
-        self._own()
-        counts = np.zeros(self.lists, np.int64)
-        for lists in assigned:
-            counts += np.bincount(lists, minlength=self.lists)
-        self._make_room(counts)
+        counts, kind = np.zeros(self.lists, np.int64), np.dtype(np.uint16 if self.lists <= 1 << 16 else np.int32)
+        with SpooledTemporaryFile(SPOOLED_BYTES) as assigned:
+            for _, codes in batches:
+                lists = self._lists_of(codes)
+                counts += np.bincount(lists, minlength=self.lists)
+                assigned.write(lists.astype(kind).tobytes())
+            if not counts.any():
+                return
+            assigned.seek(0)
+            self._own()
+            self._make_room(counts)
+            self._fill(batches, lambda count: np.frombuffer(assigned.read(count * kind.itemsize), kind))
+
+    def _fill(self, batches: Iterable[tuple[np.ndarray, np.ndarray]], next_lists: Callable[[int], np.ndarray]) -> None:
+        """Adds batches whose lists are known and have the place for them."""
         gathered: list[tuple[np.ndarray, ...]] = []
-        for (rows, codes), lists in zip(batches, assigned, strict=True):
+        for rows, codes in batches:
+            lists = next_lists(len(codes))
+            if len(lists) != len(codes):
+                raise ValueError("The batches that are to be added have more rows the second time.")
             gathered.append((rows, self._scannable(codes), lists))
             if sum(len(part[0]) for part in gathered) >= GATHERED_ROWS:
                 self._append(gathered)
@@ -202,18 +214,17 @@ class Scanner:
         self._index.ntotal += len(rows)
 
     def _lists_of(self, codes: np.ndarray) -> np.ndarray:
-        """The list that each of the codes belongs to; if there is but one, an array that takes no memory."""
+        """The list that each of the codes belongs to."""
         if codes.shape[1] != self.code_bytes:  # Faiss would read on behind them
             raise DamagedRowsError(f"its codes have {codes.shape[1]} bytes, not {self.code_bytes}")
-        kind = np.uint16 if self.lists <= 1 << 16 else np.int32
         if self.tables.by_first_code:
-            lists = first_codes(codes, self._bits[0]).astype(kind)
+            lists = first_codes(codes, self._bits[0])
             if lists.max(initial=0) >= self.lists:  # Faiss would write behind the lists
                 raise DamagedRowsError(f"one of its first codes is {lists.max()}, of {self.lists} codewords")
             return lists
         if self.lists == 1:
-            return np.broadcast_to(kind(0), len(codes))
-        return self._coarse.search(self.sums(codes), 1)[1][:, 0].astype(kind)
+            return np.zeros(len(codes), np.uint16)
+        return self._coarse.search(self.sums(codes), 1)[1][:, 0]
 
     def _scannable(self, codes: np.ndarray) -> np.ndarray:
         """Codes as the lists hold them: without first codes that the list tells, and with that of the norm, a byte."""
