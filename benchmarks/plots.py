@@ -10,6 +10,7 @@ in results/search-<set>.svg.
 """
 
 import argparse
+import re
 
 import environment
 import matplotlib
@@ -26,7 +27,7 @@ def draw(name: str) -> None:
     methods: dict[str, list[dict]] = {}
     for cell in cells(name):
         if cell["bytes"] <= MAX_BYTES:
-            methods.setdefault(label(cell).replace("**", "").split(", ")[0], []).append(cell)
+            methods.setdefault(re.sub(r"\*\*|, \d+ codes$", "", label(cell)), []).append(cell)
     figure, panels = pyplot.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
     ordered = sorted(methods.items(), key=lambda item: item[1][0]["method"].startswith("ours"))
     for number, (method, rows) in enumerate(ordered):
