@@ -115,6 +115,7 @@ benchmark: benchmark-sets
 	for set in wordllama-256 sift-128 fashion-mnist-784 mpnet-768; do \
 	  $(BIN)/python benchmarks/quality.py --set $$set --limit 100000 && \
 	  $(BIN)/python benchmarks/quality.py --set $$set --limit 100000 --methods $(ADDITIVE) || exit 1; done
+	$(BIN)/python benchmarks/quality.py --set sift-128 --limit 100000 --bytes 8 --methods official --minutes 5
 	$(BIN)/python benchmarks/levers.py
 	$(BIN)/python benchmarks/encoding.py
 	$(BIN)/python benchmarks/module.py --encoder "$(ENCODER)"
