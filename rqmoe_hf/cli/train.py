@@ -157,7 +157,7 @@ def train(
         num_codebooks, codebook_size = len(sizes), max(sizes)
     if additive:
         member, init = Member.additive, Start.lsq
-        choose_local_search = local_search is None
+        choose_local_search = local_search is None and start_from is None
         local_search = LOCAL_SEARCH if local_search is None else local_search
         beam_size = LOCAL_SEARCH_BEAM if beam_size is None else beam_size
     if start_from is not None:
