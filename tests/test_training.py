@@ -119,6 +119,17 @@ def test_gradients_are_clipped_by_value(clustered, tmp_path):
     assert seen == [pytest.approx(1e-4)]
 
 
+def test_an_epoch_has_every_row_once(clustered, tmp_path):
+    args = arguments(tmp_path, per_device_train_batch_size=300, eval_strategy="no", load_best_model_at_end=False)
+    data = load_embeddings(clustered[:1000])
+    loader = RQMoETrainer(RQMoEModel(RQMoEConfig(**CONFIG)), args, train_dataset=data).get_train_dataloader()
+    batches = [batch["embeddings"].cpu().numpy() for batch in loader]
+    assert [len(batch) for batch in batches] == [300, 300, 300, 100]
+    rows = np.concatenate(batches)
+    assert rows.dtype == np.float32 and not np.array_equal(rows, clustered[:1000])
+    np.testing.assert_array_equal(np.unique(rows, axis=0), np.unique(clustered[:1000], axis=0))
+
+
 def test_the_trainer_writes_the_card_of_a_quantizer(clustered, tmp_path):
     model = initialize(RQMoEModel(RQMoEConfig(**CONFIG)), clustered)
     RQMoETrainer(model, arguments(tmp_path, eval_strategy="no", save_strategy="no", load_best_model_at_end=False),

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset
+import torch
 from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules.parquet.parquet import ParquetConfig
 from faiss.contrib.vecs_io import bvecs_mmap, fvecs_mmap
+from transformers import default_data_collator
 
 from .batches import as_matrix
 from .parquet import BATCH_ROWS, READ_AT_ONCE, is_url, parquet_urls
@@ -125,12 +127,46 @@ def as_array(dataset: Dataset, rows: np.ndarray | None = None) -> np.ndarray:
     """The embeddings of a data set (or of some of its rows), float32 `(n, d)`."""
     if rows is not None:
         dataset = dataset.select(rows)
-    table = dataset.with_format("arrow")[:]
+    return _as_matrix(dataset.with_format("arrow")[:])
+
+
+def _as_matrix(table: pa.Table) -> np.ndarray:
+    """The column `embeddings` of a table, float32 `(n, d)`."""
     column = table["embeddings"].combine_chunks()
     flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
     if column.null_count or flat.size % len(column) or _uneven(column):
         raise ValueError("The embeddings are not all vectors of one length: drop missing and cut rows first.")
     return flat.reshape(len(column), -1)
+
+
+class EmbeddingRows(torch.utils.data.Dataset):
+    """The embeddings of a data set for a DataLoader, a batch at a time.
+
+    A DataLoader takes a data set's rows one by one and joins them again, which keeps a GPU waiting: this gives all rows
+    of a batch as one matrix. [`collate_rows`] takes them.
+
+    Args:
+        dataset: With an `embeddings` column.
+    """
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset.with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.__getitems__([row])[0][0]
+
+    def __getitems__(self, rows: list[int]) -> list[np.ndarray]:
+        return [_as_matrix(self.dataset[rows])]
+
+
+def collate_rows(batch: list[Any]) -> dict[str, torch.Tensor]:
+    """Makes a batch for the model of what [`EmbeddingRows`] gives, or of rows of a stream as dictionaries."""
+    if isinstance(batch[0], np.ndarray):
+        return {"embeddings": torch.tensor(batch[0])}
+    return default_data_collator(batch)
 
 
 def sample_array(dataset: Dataset | IterableDataset, count: int, seed: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..data.sampling import MANY_ROWS, PooledSampler
-from ..data.sources import as_array
+from ..data.sources import EmbeddingRows, as_array, collate_rows
 from ..evaluation import evaluate
 from ..saving import write_text
 
@@ -75,8 +75,11 @@ class RQMoETrainer(Trainer):
     same vectors and takes rank 0's numbers, so that all ranks keep one schedule and stop together.
     """
 
-    def __init__(self, model=None, args: RQMoETrainingArguments | None = None, **kwargs):
-        super().__init__(model=model, args=args, **kwargs)
+    def __init__(
+        self, model=None, args: RQMoETrainingArguments | None = None, train_dataset: Any = None, **kwargs
+    ):
+        rows = EmbeddingRows(train_dataset) if isinstance(train_dataset, Dataset) else train_dataset
+        super().__init__(model=model, args=args, data_collator=collate_rows, train_dataset=rows, **kwargs)
         if args is not None and args.max_grad_value is not None:
             self.add_callback(ClipGradientValues(args.max_grad_value))
         if args is not None and args.early_stopping_patience is not None:
@@ -85,7 +88,7 @@ class RQMoETrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         """The order of the training set; of a large one without the list of all rows that torch would make."""
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        if not isinstance(dataset, Dataset) or len(dataset) <= MANY_ROWS:
+        if not isinstance(dataset, EmbeddingRows) or len(dataset) <= MANY_ROWS:
             return super()._get_train_sampler(train_dataset)
         return PooledSampler(len(dataset), self.args.seed if self.args.data_seed is None else self.args.data_seed)
 
