@@ -142,8 +142,8 @@ def _as_matrix(table: pa.Table) -> np.ndarray:
 class EmbeddingRows(torch.utils.data.Dataset):
     """The embeddings of a data set for a DataLoader, a batch at a time.
 
-    A DataLoader takes a data set's rows one by one and joins them again, which keeps a GPU waiting: this gives all rows
-    of a batch as one matrix. [`collate_rows`] takes them.
+    A DataLoader takes a data set's rows one by one and joins them again, which keeps a GPU waiting: this gives all
+    rows of a batch as one matrix. [`collate_rows`] takes them.
 
     Args:
         dataset: With an `embeddings` column.
