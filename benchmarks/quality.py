@@ -77,7 +77,7 @@ def prepare(cell: Cell, data: EmbeddingSet, minutes: float) -> tuple[Quantizer |
         return finished, identity | known | {"training_vectors": finished.training_vectors, "checksum": checksum}
     if cell.method in RECIPES:
         assert cell.size is not None
-        member = FamilyMember(cell.method, dimension, cell.size, 60 * minutes)
+        member = FamilyMember(RECIPES[cell.method], dimension, cell.size, 60 * minutes)
         return member, identity | {"method": f"{cell.method}, {minutes:g} minutes"}
     quantizer = build(cell.method, dimension, cell.size or 0)
     if cell.size is None:

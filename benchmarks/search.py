@@ -41,7 +41,7 @@ from searchers import (
     own,
     rivals,
     timing,
-    train_additive,
+    train_own,
 )
 from sets import SETS, load
 from tasks import open_tasks
@@ -84,7 +84,7 @@ def _finished(given: str, **settings) -> list[Searcher]:
 
 
 def _trained(name: str, size: int, data: Collection, finish: partial) -> list[Searcher]:
-    folder, seconds = train_additive(name, size, data, finish.keywords["work"])
+    folder, seconds = train_own(name, size, data, finish.keywords["work"])
     return finish(folder, name=name, trained=seconds)
 
 

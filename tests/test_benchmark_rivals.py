@@ -1,5 +1,6 @@
 """The rival methods of the benchmarks: rates, reconstructions, and their formulas against plain ones."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import tasks
 from rivals import REFERENCES, RIVALS, Quantizer, Searcher, build
 from rivals.additive_tables import best_tables, decode_tables, least_squares_tables
 from rivals.faiss_codecs import mixed_steps, residual
-from rivals.family import FamilyMember, Ours
+from rivals.family import EXPERTS, RECIPES, FamilyMember, Ours
 from rivals.interface import squared_error
 from rivals.limits import LEFT_OUT, MAX_TRAINING_VECTORS, training_vectors
 from rivals.linear import lloyd_max_normal, random_rotation
@@ -202,9 +203,16 @@ def test_best_tables_do_not_overfit(vectors):
 
 
 def test_family_member_trains_within_a_budget(vectors):
-    member = FamilyMember("qinco", DIMENSION, 2, 0.5, codebook_size=16, intermediate_size=8, num_candidates=4)
+    member = FamilyMember(RECIPES["qinco"], DIMENSION, 2, 0.5, codebook_size=16, intermediate_size=8, num_candidates=4)
     check(member, vectors, 2)
     assert member.epochs > 0
+
+
+def test_our_experts_train_for_their_epochs_and_search_wider_than_in_training(vectors):
+    recipe = dataclasses.replace(EXPERTS, epochs=2)
+    member = FamilyMember(recipe, DIMENSION, 2, codebook_size=16, intermediate_size=8)
+    check(member, vectors, 2)
+    assert member.epochs == 2 and member.model.config.beam_size == 16
 
 
 def test_ours_and_what_its_experts_earn(paper_model, tmp_path, vectors):

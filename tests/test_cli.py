@@ -112,7 +112,7 @@ def test_train_from_a_stream(clustered, tmp_path, evaluations):
     assert json.loads((tmp_path / "out" / "training.json").read_text("utf-8"))["batch_size"] == 128
 
 
-def test_train_additive(clustered, tmp_path):
+def test_train_own(clustered, tmp_path):
     np.save(tmp_path / "vectors.npy", clustered)
     options = ["--additive", "--num-codebooks", "3", "--codebook-size", "32", "--evaluation-size", "500"]
     done = rqmoe("train", "--embeddings", str(tmp_path / "vectors.npy"), "-o", str(tmp_path / "out"), *options)

@@ -119,6 +119,14 @@ def test_gradients_are_clipped_by_value(clustered, tmp_path):
     assert seen == [pytest.approx(1e-4)]
 
 
+def test_the_finished_quantizer_may_search_wider(clustered, tmp_path):
+    config = RQMoEConfig(**CONFIG | {"beam_size": 1})
+    data = load_embeddings(clustered), load_embeddings(clustered[:500])
+    model = train_quantizer(config, *data, arguments(tmp_path), final_beam_size=8).eval()
+    assert RQMoEModel.from_pretrained(tmp_path).config.beam_size == 8
+    assert mse(model, clustered[:500]) < mse(model, clustered[:500], beam_size=1)
+
+
 def test_an_epoch_has_every_row_once(clustered, tmp_path):
     args = arguments(tmp_path, per_device_train_batch_size=300, eval_strategy="no", load_best_model_at_end=False)
     data = load_embeddings(clustered[:1000])

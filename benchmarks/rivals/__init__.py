@@ -8,10 +8,11 @@ does not exist at a rate is None there. Codes never take more than the bytes ask
 """
 
 from collections.abc import Callable
+from functools import partial
 
 from .binary_codecs import itq, rabitq
 from .faiss_codecs import equal_steps, local_search, mixed_steps, product, product_of_additive, residual
-from .family import OursAdditive
+from .family import EXPERTS, FamilyMember, OursAdditive
 from .interface import BestOf, Quantizer, Searcher
 from .references import Binary, Float32, Int8
 from .residual_vq import ResidualVQCodec
@@ -43,11 +44,12 @@ RIVALS: dict[str, Maker] = {
     "ResidualVQ": ResidualVQCodec,
 }
 
-# Our additive quantizers stand apart: they are no rivals, but are trained like them, in the same run.
+# Our own quantizers stand apart: they are no rivals, but are trained like them, in the same run.
 OURS: dict[str, Maker] = {
     f"ours, additive x{bits}": lambda dimension, size, bits=bits: OursAdditive(dimension, size, bits)
     for bits in (8, 9, 10, 11, 12)
 }
+OURS["ours, experts x8"] = partial(FamilyMember, EXPERTS)
 
 REFERENCES: dict[str, Callable[[int], Quantizer]] = {"float32": Float32, "int8": Int8, "binary, rescored": Binary}
 

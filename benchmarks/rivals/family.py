@@ -1,9 +1,10 @@
-"""Members of our own family: the published ones, trained by the package's own Trainer, and finished quantizers."""
+"""Members of our own family: published ones and ours, trained by the package's Trainer, and finished quantizers."""
 
 import hashlib
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,17 +33,27 @@ class Recipe:
     """How a published member is trained.
 
     Args:
+        build: Makes the configuration of the member.
         config: Settings of the member, without sizes of the data.
         batch_size: Vectors per step.
         learning_rate: Of the first step; a cosine takes the place of the authors' drops after a plateau, which a fixed
             time does not have.
         weight_decay: Of the optimizer.
+        epochs: How many, instead of as many as fit into a time.
+        init_beam_size: Of the residual quantizer that training starts from.
+        final_beam_size: Of the encoder, after training.
+        bf16: Whether experts are trained in bfloat16.
     """
 
+    build: Callable[..., RQMoEConfig]
     config: dict = field(default_factory=dict)
     batch_size: int = 1024
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
+    epochs: float | None = None
+    init_beam_size: int = 1
+    final_beam_size: int | None = None
+    bf16: bool = False
 
 
 # Both start from Faiss RQ of beam 1 and evaluate 16 pre-selected codewords per step (QINCo2's A = 16): their authors
@@ -50,27 +61,45 @@ class Recipe:
 SEARCH = {"num_candidates": 16, "beam_size": 1, "codebook_size": 256, "intermediate_size": 256}
 RECIPES = {
     # The settings of QINCo's training page for 500,000 vectors.
-    "qinco": Recipe({**SEARCH, "num_expert_layers": 4, "training_loss": "per_step"}, 1024, 1e-3, 0.0),
+    "qinco": Recipe(
+        RQMoEConfig.qinco, {**SEARCH, "num_expert_layers": 4, "training_loss": "per_step"}, 1024, 1e-3, 0.0
+    ),
     # The defaults of the training script of RQ-MoE's authors.
-    "official": Recipe({**SEARCH, "num_experts": 4, "num_expert_layers": 2, "dropout": 0.1}, 4096, 1e-3, 1e-6),
+    "official": Recipe(
+        RQMoEConfig.official, {**SEARCH, "num_experts": 4, "num_expert_layers": 2, "dropout": 0.1}, 4096, 1e-3, 1e-6
+    ),
 }
+# rqmoe train --conditioning reconstruction --num-experts 1 --num-expert-layers 2 --loss per_step --num-candidates 4
+# --beam-size 1 --final-beam-size 16 --epochs 12 --batch-size 512 --learning-rate 0.004 --weight-decay 0.1 --bf16
+EXPERTS = Recipe(
+    RQMoEConfig,
+    SEARCH
+    | {"num_candidates": 4, "num_experts": 1, "gate": "none", "num_expert_layers": 2}
+    | {"conditioning": "reconstruction", "training_loss": "per_step"},
+    batch_size=512,
+    learning_rate=4e-3,
+    weight_decay=0.1,
+    epochs=12,
+    init_beam_size=5,
+    final_beam_size=16,
+    bf16=True,
+)
 
 
 class FamilyMember:
-    """A published member of the family with 8-bit codes, trained within a time budget.
+    """A member of the family with experts and 8-bit codes.
 
     Args:
-        member: "qinco" or "official", a key of `RECIPES`.
+        recipe: How it is trained.
         dimension: Of the vectors.
         size: Bytes per vector, hence codebooks.
-        seconds: Training time that the number of epochs is derived from.
+        seconds: Training time that the number of epochs is derived from, where the recipe leaves it open.
         overrides: Fields of the config other than the recipe's.
     """
 
-    def __init__(self, member: str, dimension: int, size: int, seconds: float = 3600, **overrides):
-        self.recipe = RECIPES[member]
-        build = {"qinco": RQMoEConfig.qinco, "official": RQMoEConfig.official}[member]
-        self.config = build(**{**self.recipe.config, **overrides}, hidden_size=dimension, num_codebooks=size)
+    def __init__(self, recipe: Recipe, dimension: int, size: int, seconds: float = 3600, **overrides):
+        self.recipe = recipe
+        self.config = recipe.build(**{**recipe.config, **overrides}, hidden_size=dimension, num_codebooks=size)
         self.seconds = seconds
         self.epochs = 0.0
         self.model = RQMoEModel(self.config)
@@ -86,12 +115,14 @@ class FamilyMember:
         return 4 * sum(weight.numel() for weight in self.model.parameters())
 
     def train(self, vectors: np.ndarray) -> None:
-        """Trains for as many epochs as fit into the budget; the best epoch on held-out vectors counts."""
+        """Trains for the recipe's epochs, or as many as fit into the time; the best one on held-out vectors counts."""
         held_out = min(VALIDATION, len(vectors) // 10)
         kept, validation = vectors[:-held_out], vectors[-held_out:]
         batch_size = min(self.recipe.batch_size, len(kept))
-        per_batch = seconds_per_batch(self.config, kept, batch_size)
-        self.epochs = max(self.seconds / per_batch * batch_size / len(kept), batch_size / len(kept))
+        self.epochs = self.recipe.epochs or 0.0
+        if self.recipe.epochs is None:
+            per_batch = seconds_per_batch(self.config, kept, batch_size)
+            self.epochs = max(self.seconds / per_batch * batch_size / len(kept), batch_size / len(kept))
         with tempfile.TemporaryDirectory() as folder:
             args = RQMoETrainingArguments(
                 output_dir=folder,
@@ -99,12 +130,14 @@ class FamilyMember:
                 per_device_train_batch_size=batch_size,
                 learning_rate=self.recipe.learning_rate,
                 weight_decay=self.recipe.weight_decay,
+                bf16=self.recipe.bf16,
                 report_to=[],
                 disable_tqdm=True,
                 logging_strategy="epoch",
             )
             data = dataset_from_array(contiguous(kept)), dataset_from_array(contiguous(validation))
-            self.model = train_quantizer(self.config, *data, args, init_beam_size=1).eval()
+            beams = {"init_beam_size": self.recipe.init_beam_size, "final_beam_size": self.recipe.final_beam_size}
+            self.model = train_quantizer(self.config, *data, args, **beams).eval()
 
     def encode(self, vectors: np.ndarray) -> np.ndarray:
         """Packed codes, uint8."""

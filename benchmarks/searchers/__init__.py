@@ -10,7 +10,7 @@ from . import timing
 from .faiss_indexes import FaissSearcher, fixed, rated
 from .interface import BUILD_FILE, TOP_K, Collection, Searcher, assemble, is_built
 from .lance import LanceSearcher, is_installed
-from .own import KINDS, OwnSearcher, own, train_additive
+from .own import KINDS, OwnSearcher, own, train_own
 
 
 def rivals(data: Collection, sizes: list[int], lists: int, metric: int) -> list[Searcher]:
@@ -41,5 +41,5 @@ __all__ = [
     "rated",
     "rivals",
     "timing",
-    "train_additive",
+    "train_own",
 ]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from rivals import OURS
-from rivals.family import Ours, OursAdditive
+from rivals.family import FamilyMember, Ours, OursAdditive
 
 from rqmoe_hf.bundled import load_quantizer
 from rqmoe_hf.codes import bits_per_code
@@ -136,14 +136,14 @@ def encode_once(model, count: int, data: Collection, folder: Path, fingerprint: 
     return np.concatenate(parts), seconds
 
 
-def train_additive(method: str, size: int, data: Collection, work: Path) -> tuple[str, float]:
-    """The folder of an additive quantizer of ours, trained on the collection's training vectors, and the seconds."""
+def train_own(method: str, size: int, data: Collection, work: Path) -> tuple[str, float]:
+    """The folder of a quantizer of ours, trained on the collection's training vectors, and the seconds."""
     slug = method.removeprefix("ours, ").replace(" ", "-")
     folder = work / "quantizers" / f"{slug}-{size}-bytes-{data.checksum}"
     notes = folder / "seconds.json"
     if not notes.is_file():
         quantizer = OURS[method](data.train.shape[1], size)
-        assert isinstance(quantizer, OursAdditive)
+        assert isinstance(quantizer, OursAdditive | FamilyMember)
         start = time.perf_counter()
         quantizer.train(data.train)
         seconds = round(time.perf_counter() - start, 2)

@@ -19,6 +19,13 @@ class Member(StrEnum):
     qinco = "qinco"
 
 
+class Conditioning(StrEnum):
+    """What deforms the codebooks of RQ-MoE."""
+
+    instruction = "instruction"
+    reconstruction = "reconstruction"
+
+
 class Start(StrEnum):
     """Where codebooks start from."""
 
@@ -82,11 +89,18 @@ def train(
     num_expert_layers: Annotated[int, typer.Option(help="Layers per expert.")] = 1,
     intermediate_size: Annotated[int, typer.Option(help="Width of the experts.")] = 256,
     instruction_size: Annotated[int | None, typer.Option(help="Width of the instructions.")] = None,
+    conditioning: Annotated[
+        Conditioning,
+        typer.Option(help="instruction: all steps decode at once. reconstruction: step after step, with less error."),
+    ] = Conditioning.instruction,
     loss: Annotated[str, typer.Option(help="normalized_residual, per_step or last_step.")] = "normalized_residual",
     dropout: Annotated[float, typer.Option(help="Dropout in the experts.")] = 0.0,
     num_candidates: Annotated[int, typer.Option(help="Candidates of the encoder, also in training.")] = 8,
     beam_size: Annotated[
         int | None, typer.Option(help="Beam of the encoder, also in training. Default: 4; additive: 1.")
+    ] = None,
+    final_beam_size: Annotated[
+        int | None, typer.Option(help="Beam of the finished quantizer, which may be wider. Default: as in training.")
     ] = None,
     local_search: Annotated[
         int | None, typer.Option(help="Rounds of local search of the encoder. Default: 0; additive: 32 to 256, as many as lower the error.")
@@ -103,6 +117,7 @@ def train(
     batch_size: Annotated[int, typer.Option(help="Vectors per step and process.")] = 1024,
     gradient_accumulation_steps: Annotated[int, typer.Option(help="Batches that make one step of the optimizer.")] = 1,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    weight_decay: Annotated[float, typer.Option(help="Of the optimizer (AdamW).")] = 0.0,
     max_grad_value: Annotated[float | None, typer.Option(help="Clip gradient entries to this.")] = None,
     patience: Annotated[int | None, typer.Option(help="Stop after so many evaluations without gain.")] = None,
     evaluations_per_epoch: Annotated[
@@ -174,6 +189,7 @@ def train(
             num_expert_layers=num_expert_layers,
             intermediate_size=intermediate_size,
             instruction_size=instruction_size,
+            conditioning=conditioning.value,
             training_loss=loss,
             dropout=dropout,
             num_candidates=num_candidates,
@@ -190,6 +206,7 @@ def train(
         gradient_accumulation_steps=gradient_accumulation_steps,
         per_device_train_batch_size=batch_size,
         learning_rate=learning_rate,
+        weight_decay=weight_decay,
         max_grad_value=max_grad_value,
         early_stopping_patience=patience,
         eval_strategy="steps",
@@ -213,6 +230,7 @@ def train(
         description,
         init_temperature,
         choose_local_search,
+        final_beam_size,
     )
     if args.process_index == 0:
         write_card(output)
@@ -242,6 +260,8 @@ def build_config(member: Member, **settings):
     """The configuration of a member; settings that its definition fixes are dropped."""
     from ..configuration_rqmoe import RQMoEConfig
 
+    if member != Member.rqmoe:
+        del settings["conditioning"]
     if member == Member.additive:
         del settings["num_experts"]
         return RQMoEConfig.additive(**settings)
@@ -251,4 +271,5 @@ def build_config(member: Member, **settings):
         for fixed in ("num_experts", "instruction_size"):
             del settings[fixed]
         return RQMoEConfig.qinco(**settings)
-    return RQMoEConfig(**settings)
+    # A gate that has one expert to choose from chooses nothing.
+    return RQMoEConfig(**settings, gate="none" if settings["num_experts"] == 1 else "linear")

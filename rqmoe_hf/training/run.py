@@ -48,6 +48,7 @@ def train_quantizer(
     description: str | None = None,
     init_temperature: float = TEMPERATURE,
     choose_local_search: bool = False,
+    final_beam_size: int | None = None,
 ) -> RQMoEModel:
     """Initialises and trains a quantizer, and saves it to `args.output_dir`.
 
@@ -68,6 +69,8 @@ def train_quantizer(
         init_temperature: See [`initialize`], `temperature`.
         choose_local_search: Give an additive quantizer started by LSQ the [`suitable_rounds`] of local search instead
             of those of `model`.
+        final_beam_size: Beam of the finished quantizer, default that of `model`, with which every batch is encoded in
+            training: a narrow one trains quickly, and the codes of a wide one are better all the same.
 
     If the additive quantizer that a new model starts from has a lower error on `eval_dataset` in the end (few vectors,
     few epochs), it is saved instead, and a warning says so. Additive quantizers started by LSQ are complete as they
@@ -106,6 +109,8 @@ def train_quantizer(
     else:
         trainer.train(resume_from_checkpoint=checkpoint)
     trained = quantizer = trainer.accelerator.unwrap_model(trainer.model)
+    if final_beam_size is not None:
+        trained.config.beam_size = final_beam_size
     if trainer.is_world_process_zero():
         vectors = as_array(eval_dataset, np.arange(min(len(eval_dataset), MAX_EVALUATION_VECTORS)))
         quantizer = _best_member(trained.eval(), Path(args.output_dir) / ADDITIVE_FOLDER, vectors)
