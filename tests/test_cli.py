@@ -112,7 +112,7 @@ def test_train_from_a_stream(clustered, tmp_path, evaluations):
     assert json.loads((tmp_path / "out" / "training.json").read_text("utf-8"))["batch_size"] == 128
 
 
-def test_train_own(clustered, tmp_path):
+def test_train_additive(clustered, tmp_path):
     np.save(tmp_path / "vectors.npy", clustered)
     options = ["--additive", "--num-codebooks", "3", "--codebook-size", "32", "--evaluation-size", "500"]
     done = rqmoe("train", "--embeddings", str(tmp_path / "vectors.npy"), "-o", str(tmp_path / "out"), *options)
@@ -120,6 +120,19 @@ def test_train_own(clustered, tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["num_experts"], config["beam_size"], config["local_search"]) == (0, 1, 32)
     assert "LSQ" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_train_experts_on_reconstructions(clustered, tmp_path):
+    np.save(tmp_path / "vectors.npy", clustered)
+    options = ["--conditioning", "reconstruction", "--num-experts", "1", "--num-codebooks", "3", "--codebook-size", "32"]
+    options += ["--intermediate-size", "32", "--beam-size", "1", "--final-beam-size", "8", "--weight-decay", "0.1"]
+    options += ["--batch-size", "128", "--learning-rate", "0.004", "--loss", "per_step"]
+    done = rqmoe("train", "--embeddings", str(tmp_path / "vectors.npy"), "-o", str(tmp_path / "out"), *options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["conditioning"], config["gate"], config["residual"]) == ("reconstruction", "none", True)
+    assert (config["num_experts"], config["beam_size"]) == (1, 8)
+    assert json.loads((tmp_path / "out" / "training.json").read_text())["member"] == "qinco"
 
 
 def test_a_fit_check_on_texts(encoder, tmp_path):

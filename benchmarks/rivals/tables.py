@@ -14,14 +14,18 @@ Column = Callable[[dict], str]
 
 
 def cells(name: str) -> list[dict]:
-    """The cells of a set that are compared, larger errors first: trained on 100,000 vectors, or finished."""
+    """The cells of a set that are compared, larger errors first: trained on 100,000 vectors, or finished.
+
+    Also what was trained on as many as its time allows, and says so.
+    """
     found = environment.load(f"quality-{name}").get("cells", {}).values()
     most = max((cell["training_vectors"] or 0 for cell in found if not cell["method"].startswith("ours:")), default=0)
     best: dict[tuple, dict] = {}
     for cell in found:
         enough = cell["training_vectors"] in (None, min(COMPARED, most)) or "note" in cell  # which says why not all
-        if cell["method"].startswith("ours:") or enough:
-            best[cell["method"], cell["bytes"]] = cell
+        if cell["method"].startswith("ours:") or enough:  # weights that were trained anew take the old ones' place
+            count = None if cell["method"].startswith("ours:") else cell["training_vectors"]
+            best[cell["method"], cell["bytes"], count] = cell
     return sorted(best.values(), key=lambda cell: (cell["bytes"], -cell["mse"]))
 
 
