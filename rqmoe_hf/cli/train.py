@@ -116,7 +116,7 @@ def train(
     max_steps: Annotated[int, typer.Option(help="Steps, instead of passes.")] = -1,
     batch_size: Annotated[int, typer.Option(help="Vectors per step and process.")] = 1024,
     gradient_accumulation_steps: Annotated[int, typer.Option(help="Batches that make one step of the optimizer.")] = 1,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 4e-3,
     weight_decay: Annotated[float, typer.Option(help="Of the optimizer (AdamW).")] = 0.0,
     max_grad_value: Annotated[float | None, typer.Option(help="Clip gradient entries to this.")] = None,
     patience: Annotated[int | None, typer.Option(help="Stop after so many evaluations without gain.")] = None,

@@ -34,7 +34,7 @@ class RQMoETrainingArguments(TrainingArguments):
 
     per_device_train_batch_size: int = 1024
     num_train_epochs: float = 5.0
-    learning_rate: float = 1e-3
+    learning_rate: float = 4e-3
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.03
     max_grad_norm: float = 1.0
