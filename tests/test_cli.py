@@ -124,9 +124,9 @@ def test_train_additive(clustered, tmp_path):
 
 def test_train_experts_on_reconstructions(clustered, tmp_path):
     np.save(tmp_path / "vectors.npy", clustered)
-    options = ["--conditioning", "reconstruction", "--num-experts", "1", "--num-codebooks", "3", "--codebook-size", "32"]
-    options += ["--intermediate-size", "32", "--beam-size", "1", "--final-beam-size", "8", "--weight-decay", "0.1"]
-    options += ["--batch-size", "128", "--learning-rate", "0.004", "--loss", "per_step"]
+    options = ["--conditioning", "reconstruction", "--num-experts", "1", "--intermediate-size", "32"]
+    options += ["--num-codebooks", "3", "--codebook-size", "32", "--beam-size", "1", "--final-beam-size", "8"]
+    options += ["--weight-decay", "0.1", "--batch-size", "128", "--learning-rate", "0.004", "--loss", "per_step"]
     done = rqmoe("train", "--embeddings", str(tmp_path / "vectors.npy"), "-o", str(tmp_path / "out"), *options)
     assert done.returncode == 0, done.stderr[-2000:]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
