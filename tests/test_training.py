@@ -125,6 +125,9 @@ def test_the_finished_quantizer_may_search_wider(clustered, tmp_path):
     model = train_quantizer(config, *data, arguments(tmp_path), final_beam_size=8).eval()
     assert RQMoEModel.from_pretrained(tmp_path).config.beam_size == 8
     assert mse(model, clustered[:500]) < mse(model, clustered[:500], beam_size=1)
+    with pytest.raises(ValueError, match="final_beam_size must be at least 1, got 0"):
+        train_quantizer(config, *data, arguments(tmp_path / "other"), final_beam_size=0)
+    assert not (tmp_path / "other").exists()
 
 
 def test_an_epoch_has_every_row_once(clustered, tmp_path):

@@ -30,7 +30,7 @@ TABLE_VECTORS = 200_000
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a published member is trained.
+    """How a member with experts is trained.
 
     Args:
         build: Makes the configuration of the member.

@@ -81,7 +81,11 @@ def train_quantizer(
 
     Returns:
         The model with the lowest validation error (if `args.load_best_model_at_end`), on the training device.
+
+    Raises:
+        ValueError: If the final beam is none, or there are too few vectors ([`initialize`]).
     """
+    _check_beam(final_beam_size)
     started = time.perf_counter()
     output = Path(str(args.output_dir))
     args.output_dir = str(output / "checkpoints")
@@ -131,6 +135,12 @@ def train_quantizer(
     trainer.accelerator.wait_for_everyone()
     quantizer.name_or_path = str(output)  # where push_to_hub finds evaluation and notes
     return quantizer
+
+
+def _check_beam(size: int | None) -> None:
+    """Refuses what would come to light after hours of training only."""
+    if size is not None and size < 1:
+        raise ValueError(f"final_beam_size must be at least 1, got {size}.")
 
 
 def _start(

@@ -78,8 +78,10 @@ class RQMoETrainer(Trainer):
     def __init__(
         self, model=None, args: RQMoETrainingArguments | None = None, train_dataset: Any = None, **kwargs
     ):
-        rows = EmbeddingRows(train_dataset) if isinstance(train_dataset, Dataset) else train_dataset
-        super().__init__(model=model, args=args, data_collator=collate_rows, train_dataset=rows, **kwargs)
+        if kwargs.get("data_collator") is None:
+            kwargs["data_collator"] = collate_rows
+            train_dataset = EmbeddingRows(train_dataset) if isinstance(train_dataset, Dataset) else train_dataset
+        super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         if args is not None and args.max_grad_value is not None:
             self.add_callback(ClipGradientValues(args.max_grad_value))
         if args is not None and args.early_stopping_patience is not None:
