@@ -130,6 +130,15 @@ def test_the_finished_quantizer_may_search_wider(clustered, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_the_additive_quantizer_may_search_wider_too(clustered, tmp_path):
+    config = RQMoEConfig(**CONFIG | {"beam_size": 1})
+    data = load_embeddings(clustered), load_embeddings(clustered[:500])
+    args = arguments(tmp_path, num_train_epochs=1, learning_rate=1.0)  # experts that are no use
+    kept = train_quantizer(config, *data, args, "rq", final_beam_size=8)
+    assert not kept.config.has_experts and kept.config.beam_size == 8
+    assert RQMoEModel.from_pretrained(tmp_path).config.beam_size == 8
+
+
 def test_an_epoch_has_every_row_once(clustered, tmp_path):
     args = arguments(tmp_path, per_device_train_batch_size=300, eval_strategy="no", load_best_model_at_end=False)
     data = load_embeddings(clustered[:1000])

@@ -127,10 +127,10 @@ def as_array(dataset: Dataset, rows: np.ndarray | None = None) -> np.ndarray:
     """The embeddings of a data set (or of some of its rows), float32 `(n, d)`."""
     if rows is not None:
         dataset = dataset.select(rows)
-    return _as_matrix(dataset.with_format("arrow")[:])
+    return _vectors_of(dataset.with_format("arrow")[:])
 
 
-def _as_matrix(table: pa.Table) -> np.ndarray:
+def _vectors_of(table: pa.Table) -> np.ndarray:
     """The column `embeddings` of a table, float32 `(n, d)`."""
     column = table["embeddings"].combine_chunks()
     flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
@@ -155,17 +155,14 @@ class EmbeddingRows(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, row: int) -> np.ndarray:
-        return self.__getitems__([row])[0][0]
-
     def __getitems__(self, rows: list[int]) -> list[np.ndarray]:
-        return [_as_matrix(self.dataset[rows])]
+        return [_vectors_of(self.dataset[rows])]
 
 
 def collate_rows(batch: list[Any]) -> dict[str, torch.Tensor]:
     """Makes a batch for the model of what [`EmbeddingRows`] gives, or of rows of a stream as dictionaries."""
     if isinstance(batch[0], np.ndarray):
-        return {"embeddings": torch.tensor(batch[0])}
+        return {"embeddings": torch.tensor(batch[0])}  # a copy: Arrow's memory is not to be written to
     return default_data_collator(batch)
 
 

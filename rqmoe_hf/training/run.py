@@ -238,6 +238,8 @@ def _best_member(model: RQMoEModel, additive: Path, vectors: np.ndarray) -> RQMo
         return model
     start = RQMoEModel.from_pretrained(additive).eval().to(model.device)
     rounds = start.config.local_search  # both with the same search: experts should lose to codebooks only
+    if not rounds:
+        start.config.beam_size = model.config.beam_size  # which may be wider than in training
     trained, before = (evaluate(member, vectors, local_search=rounds)[0].mse for member in (model, start))
     if trained <= before:
         model.config.local_search = rounds
