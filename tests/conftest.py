@@ -128,6 +128,21 @@ def client(hub, tmp_path):
     return run
 
 
+@pytest.fixture
+def filled(tmp_path, clustered) -> Path:
+    """A closed index of 400 documents with texts, floats, a snapshot, and a past of removals."""
+    from index_workers import MODEL
+
+    from rqmoe_hf.index import RQMoEIndex
+
+    folder = tmp_path / "index"
+    with RQMoEIndex(MODEL, folder, kind="ivf", keep_floats=True) as index:
+        index.add(clustered[:450], texts=[f"text {n}" for n in range(450)], metadata=[{"n": n} for n in range(450)])
+        index.remove(range(400, 450))
+        index.save()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def processes():
     """Starts functions of index_workers in processes of their own, forked from one that has imported everything."""

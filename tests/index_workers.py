@@ -84,6 +84,14 @@ def hold(folder: Path, log: Path) -> None:
     time.sleep(60)
 
 
+def wait_for(file: Path, process) -> None:
+    """Waits until a process has written something."""
+    deadline = time.monotonic() + 120
+    while not (file.exists() and file.stat().st_size):
+        assert time.monotonic() < deadline and process.exitcode is None, f"no {file.name}: {process.exitcode}"
+        time.sleep(0.005)
+
+
 def write_tens(folder: Path, log: Path) -> None:
     """Adds and removes ten documents at a time."""
     with RQMoEIndex.load(folder, MODEL) as index:

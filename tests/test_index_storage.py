@@ -1,11 +1,10 @@
-"""Index folders: what survives a kill, what damage is noticed, who may write."""
+"""Index folders: what survives a kill, what damage is noticed."""
 
 import json
 import os
 import shutil
 import sqlite3
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import index_workers
 import numpy as np
 import pytest
 from conftest import MEMBERS, SIZE, randomize
-from index_workers import MODEL, text_of, vector_of
+from index_workers import MODEL, text_of, vector_of, wait_for
 
 from rqmoe_hf import RQMoEModel
 from rqmoe_hf.index import Document, RQMoEIndex, verify
@@ -21,24 +20,6 @@ from rqmoe_hf.index.documents import State
 from rqmoe_hf.index.storage import DATABASE, LOCK, MANIFEST
 
 KILLS = int(os.environ.get("INDEX_KILLS", "6"))
-
-
-def wait_for(file: Path, process) -> None:
-    deadline = time.monotonic() + 120
-    while not (file.exists() and file.stat().st_size):
-        assert time.monotonic() < deadline and process.exitcode is None, f"no {file.name}: {process.exitcode}"
-        time.sleep(0.005)
-
-
-@pytest.fixture
-def filled(tmp_path, clustered) -> Path:
-    """A closed index of 400 documents with texts, floats, a snapshot, and a past of removals."""
-    folder = tmp_path / "index"
-    with RQMoEIndex(MODEL, folder, kind="ivf", keep_floats=True) as index:
-        index.add(clustered[:450], texts=[f"text {n}" for n in range(450)], metadata=[{"n": n} for n in range(450)])
-        index.remove(range(400, 450))
-        index.save()
-    return folder
 
 
 def contents(index: RQMoEIndex) -> dict[int, tuple[str, dict]]:
@@ -308,92 +289,6 @@ def test_another_quantizer_is_refused(filled):
         RQMoEIndex.load(filled, other)
     with pytest.raises(ValueError, match="no quantizer"):
         RQMoEIndex.load(filled)  # this one has no name
-
-
-def test_one_writer_at_a_time(filled, clustered):
-    first, second = RQMoEIndex.load(filled, MODEL), RQMoEIndex.load(filled, MODEL)
-    first.add(clustered[:1], ids=[9000])
-    for change in (lambda: second.add(clustered[:1]), lambda: second.remove([1]), second.save,
-                   lambda: second.update([1], metadata=[{}])):  # fmt: skip
-        with pytest.raises(BlockingIOError, match=r"writes to .* one writer at a time"):
-            change()
-    assert 9000 in second and len(second) == 401  # reading goes on
-    first.close()
-    second.add(clustered[:1], ids=[9001])
-    second.close()
-    assert verify(filled) == []
-    with RQMoEIndex.load(filled, MODEL) as third:
-        assert 9000 in third and 9001 in third
-
-
-def test_the_writer_is_the_index_and_not_a_thread(filled, clustered):
-    """All threads of an index may write, also several at once for the first time; other indexes are refused."""
-    with RQMoEIndex.load(filled, MODEL) as index, RQMoEIndex.load(filled, MODEL) as other:
-        with ThreadPoolExecutor(4) as pool:
-            list(pool.map(lambda n: index.add(clustered[n : n + 1], ids=[9000 + n]), range(20)))
-        index.remove([9000])  # from here as well
-        with ThreadPoolExecutor(1) as pool, pytest.raises(BlockingIOError, match="one writer at a time"):
-            pool.submit(other.remove, [1]).result()
-        with ThreadPoolExecutor(1) as pool:
-            pool.submit(index.close).result()
-        other.remove([9001])
-        assert len(other) == 418
-    assert verify(filled) == []
-
-
-def test_another_process_is_refused_too_until_it_is_killed(filled, tmp_path, processes, clustered):
-    log = tmp_path / "log"
-    process = processes(index_workers.hold, filled, log)
-    wait_for(log, process)
-    index = RQMoEIndex.load(filled, MODEL)
-    assert len(index) == 401
-    with pytest.raises(BlockingIOError, match="one writer at a time"):
-        index.add(clustered[:1])
-    process.kill()
-    process.join()
-    index.add(clustered[:1], ids=[10**9])
-    index.close()
-    assert verify(filled) == []
-
-
-def test_two_readers_and_a_writer(tmp_path, processes):
-    folder = tmp_path / "index"
-    with RQMoEIndex(MODEL, folder) as index:
-        index_workers.change(index, {"kind": "add", "ids": list(range(30))})
-        index.save()
-    readers = [processes(index_workers.read_tens, folder, tmp_path / f"reader {number}") for number in range(2)]
-    writer = processes(index_workers.write_tens, folder, tmp_path / "writer")
-    for process in (writer, *readers):
-        process.join(120)
-        assert process.exitcode == 0
-    for number in range(2):
-        final, seen, searches = json.loads((tmp_path / f"reader {number}").read_text())
-        assert final == 30 + 600 - 120 and seen > 30 and searches > 0
-    assert verify(folder) == []
-
-
-@pytest.mark.parametrize("when", ["before the database is opened", "while it is checked"])
-def test_opening_while_another_process_saves(filled, clustered, monkeypatch, when):
-    """The writer replaces the snapshot after the reader has read which one there is."""
-    from rqmoe_hf.index.storage import IndexFolder
-
-    name = "open" if when.startswith("before") else "damage"
-    writer, step, done = RQMoEIndex.load(filled, MODEL), getattr(IndexFolder, name), []
-
-    def late(self, *arguments, **options):
-        if len(done) < 2 and not self.is_writer:
-            done.append(1)
-            writer.add(clustered[:1])
-            writer.save()
-        return step(self, *arguments, **options)
-
-    monkeypatch.setattr(IndexFolder, name, late)
-    with RQMoEIndex.load(filled, MODEL) as index:
-        assert len(index) == 402 and len(done) == 2
-        assert index._ranker.scanner is not None
-    done.clear()
-    assert verify(filled) == [] and done
-    writer.close()
 
 
 def test_saving_an_index_that_has_no_folder(tmp_path, clustered):

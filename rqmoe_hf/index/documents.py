@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from .filters import Filter, compile_filter
+from .held import hold_for
 
 Id = int | str
 SCHEMA = (
@@ -129,11 +130,16 @@ class Database:
         else:
             uri = f"{file.absolute().as_uri()}?{'immutable=1' if immutable else 'mode=rwc' if create else 'mode=rw'}"
         try:
+            self._held = None if file is None else hold_for(self, file, create)
             self._connection = sqlite3.connect(
                 uri, BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=file is not None
             )
-            self._configure(create or file is None, immutable)
-        except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter if SQLite names a damaged name
+            try:
+                self._configure(create or file is None, immutable)
+            except BaseException:
+                self.close()
+                raise
+        except (sqlite3.Error, OSError, UnicodeDecodeError) as error:  # the last if SQLite names a damaged name
             raise ValueError(f"{file} is damaged or no database of a collection: {error}. {RESTORE}") from error
 
     def _configure(self, create: bool, immutable: bool) -> None:
@@ -162,6 +168,8 @@ class Database:
         with self.lock:
             self._closed = True
             self._connection.close()
+            if self._held is not None:
+                self._held()
 
     # --- transactions --------------------------------------------------------------------------------------------
 

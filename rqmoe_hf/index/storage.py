@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from ..codes import bytes_per_vector
 from ..saving import check_record
 from .documents import RESTORE, Database
+from .held import file_digest
 
 MANIFEST = "manifest.json"
 DATABASE = "collection.sqlite"
@@ -289,12 +290,6 @@ def replace_durably(scratch: Path, target: Path) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-
-
-def file_digest(file: Path) -> str:
-    """SHA-256 of a file, read piece by piece."""
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _written(manifest: dict) -> str:

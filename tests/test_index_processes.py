@@ -1,0 +1,144 @@
+"""Index folders: who reads and writes at once, in one process and in several."""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import index_workers
+import pytest
+from index_workers import MODEL, wait_for
+
+from rqmoe_hf.index import RQMoEIndex, verify
+from rqmoe_hf.index.storage import DATABASE
+
+
+def test_one_writer_at_a_time(filled, clustered):
+    first, second = RQMoEIndex.load(filled, MODEL), RQMoEIndex.load(filled, MODEL)
+    first.add(clustered[:1], ids=[9000])
+    for change in (lambda: second.add(clustered[:1]), lambda: second.remove([1]), second.save,
+                   lambda: second.update([1], metadata=[{}])):  # fmt: skip
+        with pytest.raises(BlockingIOError, match=r"writes to .* one writer at a time"):
+            change()
+    assert 9000 in second and len(second) == 401  # reading goes on
+    first.close()
+    second.add(clustered[:1], ids=[9001])
+    second.close()
+    assert verify(filled) == []
+    with RQMoEIndex.load(filled, MODEL) as third:
+        assert 9000 in third and 9001 in third
+
+
+def test_the_writer_is_the_index_and_not_a_thread(filled, clustered):
+    """All threads of an index may write, also several at once for the first time; other indexes are refused."""
+    with RQMoEIndex.load(filled, MODEL) as index, RQMoEIndex.load(filled, MODEL) as other:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda n: index.add(clustered[n : n + 1], ids=[9000 + n]), range(20)))
+        index.remove([9000])  # from here as well
+        with ThreadPoolExecutor(1) as pool, pytest.raises(BlockingIOError, match="one writer at a time"):
+            pool.submit(other.remove, [1]).result()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(index.close).result()
+        other.remove([9001])
+        assert len(other) == 418
+    assert verify(filled) == []
+
+
+def test_another_process_is_refused_too_until_it_is_killed(filled, tmp_path, processes, clustered):
+    log = tmp_path / "log"
+    process = processes(index_workers.hold, filled, log)
+    wait_for(log, process)
+    index = RQMoEIndex.load(filled, MODEL)
+    assert len(index) == 401
+    with pytest.raises(BlockingIOError, match="one writer at a time"):
+        index.add(clustered[:1])
+    process.kill()
+    process.join()
+    index.add(clustered[:1], ids=[10**9])
+    index.close()
+    assert verify(filled) == []
+
+
+def test_two_readers_and_a_writer(tmp_path, processes):
+    folder = tmp_path / "index"
+    with RQMoEIndex(MODEL, folder) as index:
+        index_workers.change(index, {"kind": "add", "ids": list(range(30))})
+        index.save()
+    readers = [processes(index_workers.read_tens, folder, tmp_path / f"reader {number}") for number in range(2)]
+    writer = processes(index_workers.write_tens, folder, tmp_path / "writer")
+    for process in (writer, *readers):
+        process.join(120)
+        assert process.exitcode == 0
+    for number in range(2):
+        final, seen, searches = json.loads((tmp_path / f"reader {number}").read_text())
+        assert final == 30 + 600 - 120 and seen > 30 and searches > 0
+    assert verify(folder) == []
+
+
+LAST_TO_CLOSE = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute('SELECT 1 FROM vectors'); c.close()"
+
+
+@pytest.mark.parametrize("what", ["loading", "saving", "checking"])
+def test_locks_outlast_reading_the_file(filled, clustered, what):
+    """Closing a file takes away all locks of the process on it; SQLite in another then deletes the log in use."""
+    log = Path(f"{filled / DATABASE}-wal")
+    index = RQMoEIndex.load(filled, MODEL, check=what == "loading")
+    if what == "saving":
+        index.save()
+    elif what == "checking":
+        assert verify(filled) == []
+    assert len(index) == 400
+    subprocess.run([sys.executable, "-c", LAST_TO_CLOSE, filled / DATABASE], check=True)
+    assert log.exists()
+    index.add(clustered[:1], ids=[9000])
+    index.close()
+    assert not log.exists()  # this one was the last
+    assert verify(filled) == []
+
+
+def test_descriptors_are_given_back(filled):
+    """One descriptor for all connections of the process, and none after the last, however it ends."""
+
+    def count() -> int:
+        gc.collect()
+        names = [os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if name.isdigit()
+                 and os.path.islink(f"/proc/self/fd/{name}")]  # fmt: skip
+        return sum(name.startswith(str(filled)) and DATABASE in name for name in names)
+
+    indexes = [RQMoEIndex.load(filled, MODEL) for _ in range(4)]
+    indexes.pop().close()
+    assert count() > 0
+    del indexes
+    assert count() == 0
+    for damage in (b"", b"none" * 5000):
+        (filled / DATABASE).write_bytes(damage)
+        with pytest.raises(ValueError, match="damaged"):
+            RQMoEIndex.load(filled, MODEL)
+        assert count() == 0
+
+
+@pytest.mark.parametrize("when", ["before the database is opened", "while it is checked"])
+def test_opening_while_another_process_saves(filled, clustered, monkeypatch, when):
+    """The writer replaces the snapshot after the reader has read which one there is."""
+    from rqmoe_hf.index.storage import IndexFolder
+
+    name = "open" if when.startswith("before") else "damage"
+    writer, step, done = RQMoEIndex.load(filled, MODEL), getattr(IndexFolder, name), []
+
+    def late(self, *arguments, **options):
+        if len(done) < 2 and not self.is_writer:
+            done.append(1)
+            writer.add(clustered[:1])
+            writer.save()
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(IndexFolder, name, late)
+    with RQMoEIndex.load(filled, MODEL) as index:
+        assert len(index) == 402 and len(done) == 2
+        assert index._ranker.scanner is not None
+    done.clear()
+    assert verify(filled) == [] and done
+    writer.close()
