@@ -120,6 +120,13 @@ def read_tens(folder: Path, log: Path) -> None:
     log.write_text(json.dumps([final, seen, searches]))
 
 
+def come_and_go(folder: Path, stop: Path) -> None:
+    """Opens an index and closes it, again and again: each close may think that it is the last."""
+    while not stop.exists():
+        with RQMoEIndex.load(folder, MODEL) as index:
+            assert len(index) % 10 == 0
+
+
 def filled(count: int, lists: int) -> Scanner:
     """A scanner of random codes of 16 bytes, which has been searched."""
     model = RQMoEModel(RQMoEConfig.additive(hidden_size=8, num_codebooks=16, codebook_size=256)).eval()

@@ -69,7 +69,12 @@ def test_two_readers_and_a_writer(tmp_path, processes):
         index.save()
     readers = [processes(index_workers.read_tens, folder, tmp_path / f"reader {number}") for number in range(2)]
     writer = processes(index_workers.write_tens, folder, tmp_path / "writer")
+    others = [processes(index_workers.come_and_go, folder, tmp_path / "stop") for _ in range(2)]
     for process in (writer, *readers):
+        process.join(120)
+        assert process.exitcode == 0
+    (tmp_path / "stop").touch()
+    for process in others:
         process.join(120)
         assert process.exitcode == 0
     for number in range(2):
