@@ -31,7 +31,8 @@ class RQMoEIndex(Collection):
     [`load`] opens it again. Without one the index ends with the process, unless it is saved to a folder. One index at
     a time may write to a folder; others read it meanwhile and see what was committed. Methods may be called from any
     thread, and take turns; the quantizer must not be changed meanwhile. A forked process has to load the folder for
-    itself.
+    itself. Copy an index that is open with [`save`]: a process that opens and closes its database by other means takes
+    SQLite's locks away (https://www.sqlite.org/howtocorrupt.html, section 2.2).
 
     Args:
         quantizer: The quantizer, or its bundled name, folder or Hub id.
