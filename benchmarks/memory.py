@@ -2,6 +2,11 @@
 
     python benchmarks/memory.py /tmp/memory [--sizes 1000000 10000000] [--stages compress ...] [--keep]
 
+A set larger than the disk has room for is made of one file under many names (`--distinct-files`). Fifty gigabytes, in
+a control group or container that is allowed four:
+
+    python benchmarks/memory.py /tmp/memory --sizes 32600000 --dimension 384 --distinct-files 8 --results memory-50-gb
+
 Each stage is a command in a process of its own, over parquet files that are made for it. While it runs, the resident
 memory of the process and its children is read every 50 ms: anonymous memory, which the system cannot take back, and
 pages of files, which it can. Results go to results/memory.json; the table of docs/scaling.md is made from them.
@@ -26,7 +31,7 @@ import pyarrow.parquet as pq
 from rqmoe_hf.codes import bytes_per_vector
 from rqmoe_hf.data.shards import fixed_size_column
 
-DIMENSION, CODEBOOKS, CODEWORDS = 32, 8, 256
+CODEBOOKS, CODEWORDS = 8, 256
 FILE_ROWS = 200_000  # one row group each, as pyarrow writes them
 HELD_OUT = 5_000
 INTERVAL = 0.05
@@ -48,10 +53,12 @@ class Place:
     Args:
         root: The work folder.
         count: Vectors.
+        dimension: Of the vectors.
     """
 
     root: Path
     count: int
+    dimension: int
 
     def __truediv__(self, name: str) -> Path:
         return self.root / f"{name}-{self.count}"
@@ -91,7 +98,7 @@ def build(place: Place, kind: str) -> list[str]:
 
 def search(place: Place, kind: str) -> list[str]:
     """64 queries to an index that is opened for them."""
-    return ["-c", SEARCH, str(place / f"index-{kind}"), str(place.root / "quantizer"), str(DIMENSION)]
+    return ["-c", SEARCH, str(place / f"index-{kind}"), str(place.root / "quantizer"), str(place.dimension)]
 
 
 INDEXED = bytes_per_vector(CODEBOOKS, CODEWORDS) + 9  # code, code of the norm, row number
@@ -176,34 +183,39 @@ def measure(stage: Stage, place: Place) -> dict:
     return watcher.peaks | {"held": stage.held * place.count, "seconds": round(time.perf_counter() - start, 1)}
 
 
-def vectors(rows: int, seed: int) -> np.ndarray:
-    """Vectors around a few hundred centres, float32 `(rows, DIMENSION)`."""
-    centres = np.random.default_rng(0).standard_normal((256, DIMENSION), np.float32)
+def vectors(rows: int, dimension: int, seed: int) -> np.ndarray:
+    """Vectors around a few hundred centres, float32 `(rows, dimension)`."""
+    centres = np.random.default_rng(0).standard_normal((256, dimension), np.float32)
     generator = np.random.default_rng(seed)
-    noise = generator.standard_normal((rows, DIMENSION), np.float32)
+    noise = generator.standard_normal((rows, dimension), np.float32)
     return centres[generator.integers(len(centres), size=rows)] + 0.5 * noise
 
 
-def write_vectors(folder: Path, count: int) -> None:
-    """Parquet files of vectors, unless they are there."""
+def write_vectors(place: Place, distinct: int | None = None) -> None:
+    """Parquet files of vectors, unless they are there; from the `distinct` + 1st on they are links to earlier ones."""
+    folder = place / "vectors"
     if folder.exists():
         return
     scratch = folder.with_name(f".{folder.name}")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
-    for number, start in enumerate(range(0, count, FILE_ROWS)):
-        block = vectors(min(FILE_ROWS, count - start), number + 1)
-        pq.write_table(pa.table({"embeddings": fixed_size_column(block)}), scratch / f"{number:05d}.parquet")
+    for number, start in enumerate(range(0, place.count, FILE_ROWS)):
+        file = scratch / f"{number:05d}.parquet"
+        if distinct is not None and number >= distinct:
+            os.link(scratch / f"{number % distinct:05d}.parquet", file)
+            continue
+        block = vectors(min(FILE_ROWS, place.count - start), place.dimension, number + 1)
+        pq.write_table(pa.table({"embeddings": fixed_size_column(block)}), file)
     scratch.rename(folder)
 
 
-def prepare(root: Path) -> None:
+def prepare(root: Path, dimension: int) -> None:
     """Held-out vectors, and the quantizer that makes all codes."""
     held = root / "held.parquet"
-    pq.write_table(pa.table({"embeddings": fixed_size_column(vectors(HELD_OUT, 1_000_000))}), held)
+    pq.write_table(pa.table({"embeddings": fixed_size_column(vectors(HELD_OUT, dimension, 1_000_000))}), held)
     if not (root / "quantizer").exists():
-        first = Place(root, FILE_ROWS)
-        write_vectors(first / "vectors", FILE_ROWS)
+        first = Place(root, FILE_ROWS, dimension)
+        write_vectors(first)
         measure(STAGES["train, streaming"], first)
         (first / "streamed").rename(root / "quantizer")
 
@@ -213,17 +225,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="for parquet files, codes and indexes; about 7 GB for 10 million")
     parser.add_argument("--sizes", type=int, nargs="*", default=[1_000_000, 10_000_000], help="numbers of vectors")
+    parser.add_argument("--dimension", type=int, default=32, help="of the vectors")
+    parser.add_argument("--distinct-files", type=int, help="files of 200,000 vectors, of which the others are links")
     parser.add_argument("--stages", nargs="*", default=list(STAGES), choices=list(STAGES), metavar="STAGE")
     parser.add_argument("--results", default="memory", help="name of the file in results")
     parser.add_argument("--keep", action="store_true", help="leave the folder's content there")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    prepare(arguments.folder)
+    prepare(arguments.folder, arguments.dimension)
     results = environment.load(arguments.results) | {"environment": environment.describe()}
-    results["setting"] = {"dimension": DIMENSION, "num_codebooks": CODEBOOKS, "codebook_size": CODEWORDS}
+    results["setting"] = {"dimension": arguments.dimension, "num_codebooks": CODEBOOKS, "codebook_size": CODEWORDS}
     for count in arguments.sizes:
-        place = Place(arguments.folder, count)
-        write_vectors(place / "vectors", count)
+        place = Place(arguments.folder, count, arguments.dimension)
+        write_vectors(place, arguments.distinct_files)
         for name in arguments.stages:
             row = measure(STAGES[name], place)
             results.setdefault("stages", {}).setdefault(name, {})[str(count)] = row

@@ -228,7 +228,7 @@ def test_rows_at_places_are_those_of_all_rows_in_order(codes, model, monkeypatch
         index.remove(range(100, 300))
         database: Database = index._database
         with database.reading() as state:
-            rows, places = database.matching(None), ranking.sample_places(state.count, 1)
+            rows, places = database.matching(None), ranking.sample_places(state.count, 1_000)
             np.testing.assert_array_equal(database.rows_at(places), rows)
             some = np.array([0, 63, 64, 65, 500, 799])
             np.testing.assert_array_equal(database.rows_at(some), rows[some])

@@ -4,11 +4,15 @@ import numpy as np
 
 from ..modeling_rqmoe import RQMoEModel
 from .codewords import exact_codewords, fit_codewords
+from .correction import MOST_CODEWORDS, Correction, fit_correction
 from .first_codes import first_lists
 from .scanning import NORM_LEVELS, Scanner, Tables
 
 FIT_ROWS = 32_768
 POINTS_PER_LIST = 48
+CORRECTED_FROM = 100_000  # codes; fewer do not teach a correction enough
+CORRECTED_ROWS = 200_000
+CORRECTED_BYTES = 1 << 28  # of their vectors
 ITERATIONS = 10
 PROBES = 1_024
 
@@ -16,14 +20,53 @@ PROBES = 1_024
 def fit_scanner(quantizer: RQMoEModel, sample: np.ndarray, steps: int, metric: str, lists: int) -> Scanner:
     """An empty scanner whose tables, norms and lists suit a sample of codes, uint8 `(n, bytes)`, n >= 1.
 
-    As many lists as the first codes make are made of the first codes.
+    As many lists as the first codes make are made of the first codes. With experts the sums of the tables get a
+    correction, if the sample is large enough to teach it.
     """
+    tables = _fit_tables(quantizer, sample, steps, metric, lists)
+    scanner = Scanner(tables, sample.shape[1], metric)
+    if quantizer.config.has_experts and len(sample) >= CORRECTED_FROM:
+        tables.correction = _fit_correction(quantizer, sample, steps, scanner)
+    return scanner
+
+
+def rows_to_fit(quantizer: RQMoEModel, lists: int) -> int:
+    """How many codes suit a scanner of so many lists."""
+    wanted = max(FIT_ROWS, POINTS_PER_LIST * lists)
+    return max(wanted, correction_rows(quantizer)) if quantizer.config.has_experts else wanted
+
+
+def correction_rows(quantizer: RQMoEModel) -> int:
+    """How many codes a correction is fitted to."""
+    return min(CORRECTED_ROWS, max(CORRECTED_FROM, CORRECTED_BYTES // (4 * quantizer.config.hidden_size)))
+
+
+def _fit_correction(quantizer: RQMoEModel, sample: np.ndarray, steps: int, scanner: Scanner) -> Correction | None:
+    """What the sums of a scanner's tables lack of what codes decode to."""
+    codewords = np.concatenate(scanner.tables.codewords)
+    if len(codewords) > MOST_CODEWORDS:
+        return None
+    codes = _spread(sample, correction_rows(quantizer))
+    missing = quantizer.decompress(codes, steps)
+    for start in range(0, len(codes), FIT_ROWS):
+        missing[start : start + FIT_ROWS] -= scanner.sums(codes[start : start + FIT_ROWS])
+    return fit_correction(scanner.rows_of(codes).numpy(), missing, codewords)
+
+
+def _spread(sample: np.ndarray, count: int) -> np.ndarray:
+    """So many codes of a sample, from all of it: it is in the order in which they were added."""
+    return sample if len(sample) <= count else sample[np.linspace(0, len(sample) - 1, count).astype(int)]
+
+
+def _fit_tables(quantizer: RQMoEModel, sample: np.ndarray, steps: int, metric: str, lists: int) -> Tables:
+    """The tables, norms and lists."""
     experts, by_first = quantizer.config.has_experts, lists == first_lists(quantizer.config, steps)
-    codewords = fit_codewords(quantizer, sample[:FIT_ROWS], steps) if experts else exact_codewords(quantizer, steps)
+    few = _spread(sample, FIT_ROWS)
+    codewords = fit_codewords(quantizer, few, steps) if experts else exact_codewords(quantizer, steps)
     flat = np.zeros((1, codewords[0].shape[1]), np.float32)
     centroids = codewords[0][:lists] if by_first else flat
     if metric == "inner_product" and (by_first or lists == 1):
-        return Scanner(Tables(codewords, None, centroids, by_first_code=by_first), sample.shape[1], metric)
+        return Tables(codewords, None, centroids, by_first_code=by_first)
     sums = Scanner(Tables(codewords, None, flat), sample.shape[1], metric).sums(sample)
     lengths = np.linalg.norm(sums, axis=1)
     norms = np.linspace(lengths.min(), lengths.max(), NORM_LEVELS, dtype=np.float32)
@@ -33,7 +76,7 @@ def fit_scanner(quantizer: RQMoEModel, sample: np.ndarray, steps: int, metric: s
     if metric == "cosine":
         rows = np.unique(np.linspace(0, len(sums) - 1, PROBES).astype(int))
         tables.probes = sums[rows] / np.maximum(lengths[rows, None], 1e-12)
-    return Scanner(tables, sample.shape[1], metric)
+    return tables
 
 
 def find_centroids(vectors: np.ndarray, lists: int, spherical: bool, seed: int = 0) -> np.ndarray:

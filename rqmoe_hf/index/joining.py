@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .documents import Id, codes_array
-from .fitting import fit_scanner
+from .fitting import fit_scanner, rows_to_fit
 from .ranking import Plan, sample_places
 from .rescoring import Rescorer
 from .scanning import Scanner
@@ -62,7 +62,7 @@ def joined(answers: Sequence[Candidates], plan: Plan) -> Found:
     if not plan.everything:
         scores = np.hstack([answer.scores for answer in answers])
         scores[rows < 0] = -np.inf
-        order = np.lexsort((rows, -scores), axis=1)[:, : plan.shortlist]
+        order = np.lexsort((rows, -scores), axis=1)[:, : plan.scanned]
         rows = np.take_along_axis(rows, order, axis=1)
     if rows.shape[1] < plan.count:  # somebody has removed rows meanwhile
         rows = np.pad(rows, ((0, 0), (0, plan.count - rows.shape[1])), constant_values=-1)
@@ -74,7 +74,7 @@ def fit_tables(shards: Sequence[Any], rescorer: Rescorer, lists: int) -> Scanner
     """An empty scanner whose tables are those of one index with the rows of all shards."""
     parts = [shard.rows() for shard in shards]
     rows = np.concatenate([part + (number << SHARD_BITS) for number, part in enumerate(parts)])
-    rows = rows[sample_places(len(rows), lists)]
+    rows = rows[sample_places(len(rows), rows_to_fit(rescorer.quantizer, lists))]
     numbers, codes = rows >> SHARD_BITS, []
     for number, shard in enumerate(shards):
         codes += shard.codes_of(rows[numbers == number] - (number << SHARD_BITS))

@@ -11,7 +11,7 @@ from ..data.sampling import sample_rows
 from ..modeling_rqmoe import RQMoEModel
 from .codewords import exact_codewords
 from .documents import DamagedRowsError, Database, State, codes_array
-from .fitting import FIT_ROWS, POINTS_PER_LIST, fit_scanner
+from .fitting import fit_scanner, rows_to_fit
 from .rescoring import FOREIGN, Rescorer, normalized
 from .scanning import Scanner, Tables
 
@@ -38,15 +38,22 @@ class Plan:
 
     Args:
         count: Hits per query.
-        shortlist: Rows that the tables choose.
-        share: Of all rows that may be found, how many that is.
+        scanned: Rows that the tables choose.
+        shortlist: Rows of these that are ranked, which a correction chooses if there are more.
+        share: Of all rows that may be found, how many the tables choose.
         everything: Rank all rows that may be found, without the tables.
     """
 
     count: int
+    scanned: int
     shortlist: int
     share: float
     everything: bool
+
+    def widened(self, times: int, total: int) -> "Plan":
+        """So many times as many rows of the tables, of `total`."""
+        scanned = min(times * self.shortlist, total)
+        return replace(self, scanned=scanned, share=scanned / max(total, 1))
 
 
 def make_plan(total: int, top_k: int, shortlist: int, rescore: str, restricted: bool) -> Plan:
@@ -54,7 +61,7 @@ def make_plan(total: int, top_k: int, shortlist: int, rescore: str, restricted: 
     count = min(top_k, total)
     shortlist = min(max(shortlist, count), total)
     few = shortlist == total or (restricted and total <= DECODE_UP_TO)
-    return Plan(count, shortlist, shortlist / max(total, 1), few and rescore != "tables")
+    return Plan(count, shortlist, shortlist, shortlist / max(total, 1), few and rescore != "tables")
 
 
 def number_of_lists(kind: str, num_lists: int | None, count: int, first: int | None) -> int:
@@ -66,9 +73,8 @@ def number_of_lists(kind: str, num_lists: int | None, count: int, first: int | N
     return min(num_lists or round(count**0.5), max(count, 1))
 
 
-def sample_places(count: int, lists: int) -> np.ndarray:
+def sample_places(count: int, wanted: int) -> np.ndarray:
     """Which of so many rows, in their order, tables and lists are fitted to: their places, int64, ascending."""
-    wanted = max(FIT_ROWS, POINTS_PER_LIST * lists)
     return sample_rows(count, min(count, wanted), np.random.default_rng(0))
 
 
@@ -195,7 +201,7 @@ class Ranker(Rescorer):
             sizes = sizes_of(self.steps, self.quantizer.config.code_sizes)
             return Scanner(replace(self.shared), bytes_per_vector(self.steps, sizes), self.scanned)
         lists = self._lists(state)
-        places = sample_places(state.count, lists)
+        places = sample_places(state.count, rows_to_fit(self.quantizer, lists))
         rows = self.database.rows_at(places)
         if not len(places) or len(rows) != len(places):
             raise DamagedRowsError(f"its state counts {state.count} rows, and there are others or fewer")
@@ -224,7 +230,7 @@ class Ranker(Rescorer):
         Args:
             queries: float32 `(n, hidden_size)`, n >= 1.
             top_k: Hits per query.
-            shortlist: Rows that the tables choose.
+            shortlist: Rows that are ranked.
             rescore: "floats", "codes" or "tables".
             nprobe: Lists to scan; None for a sixteenth of them, at least 32.
             allowed: Consider only these rows, int64, ascending.
@@ -240,7 +246,10 @@ class Ranker(Rescorer):
             rows = self.database.matching(None) if allowed is None else allowed
             candidates = np.broadcast_to(rows, (len(queries), len(rows)))
         else:
-            candidates = self._shortlist(queries, plan, nprobe, allowed, self.refresh(state))
+            scanner = self.refresh(state)
+            plan = plan.widened(self.widening(rescore), total)
+            candidates = self._shortlist(queries, plan, nprobe, allowed, scanner)
+            candidates = self.narrowed(queries, candidates, plan.shortlist, self.database)
         scores, rows = self.rank(queries, candidates, plan.count, rescore, self.database)
         if (rows < 0).any():
             raise ValueError(f"{self.database.file}: {FOREIGN}")
@@ -249,13 +258,13 @@ class Ranker(Rescorer):
     def _shortlist(
         self, queries: np.ndarray, plan: Plan, nprobe: int | None, allowed: np.ndarray | None, scanner: Scanner
     ) -> np.ndarray:
-        """Rows that the tables rank highest, `(n, shortlist)`, -1 where there are fewer."""
+        """Rows that the tables rank highest, `(n, scanned)`, -1 where there are fewer."""
         asked, probed = self.asked(queries), probed_lists(nprobe, scanner.lists)
-        rows = scanner.search(asked, plan.shortlist, probed, allowed)[1]
+        rows = scanner.search(asked, plan.scanned, probed, allowed)[1]
         if allowed is None and probed < scanner.lists:
             short = (rows >= 0).sum(axis=1) < plan.count  # the lists scanned hold too few
             if short.any():
-                rows[short] = scanner.search(asked[short], plan.shortlist, scanner.lists)[1]
+                rows[short] = scanner.search(asked[short], plan.scanned, scanner.lists)[1]
         return rows
 
 

@@ -33,16 +33,18 @@ from ..additive import faiss_widths
 from ..codes import unpack_codes
 from ..least_squares import starts_of
 from ..saving import write_tensors
+from .correction import Correction
 from .documents import DamagedRowsError
 from .first_codes import first_codes, joined_codes, other_codes
-from .scans import FEW_THREADS, mapping, scan, scan_soon
-from .snapshots import check_arrays, span_of
+from .scans import FEW_THREADS, mapping, scan, scan_soon, workers_for
+from .snapshots import check_arrays, span_of, taken
 
 NORM_LEVELS = 256
 SPOOLED_BYTES = 1 << 20  # of list numbers that stay in memory
 GATHERED_ROWS = 1 << 18  # that are in memory beside the lists while they are added
 MARKS = 1 << 30  # row numbers up to which a table tells which rows are wanted
 QUERIES = 256  # whose look-up tables are computed at a time
+CORRECTION = "correction."  # begins the names of its arrays in a snapshot
 
 
 @dataclass
@@ -55,6 +57,7 @@ class Tables:
         centroids: float32 `(lists, hidden_size)` of the inverted lists; one for a flat scan.
         probes: Sums of a sample of codes at norm 1, float32 `(p, hidden_size)`; for "cosine" only.
         by_first_code: The inverted lists are the first codes, and `centroids` what the first of `codewords` says.
+        correction: Restores what their sums lack; None if there is none.
     """
 
     codewords: list[np.ndarray]
@@ -62,12 +65,14 @@ class Tables:
     centroids: np.ndarray
     probes: np.ndarray | None = None
     by_first_code: bool = False
+    correction: Correction | None = None
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 over all of it: codes scored by equal tables have comparable scores."""
         digest = hashlib.sha256(b"by first code" if self.by_first_code else b"")
-        for array in (*self.codewords, self.norms, self.centroids, self.probes):
+        weights = () if self.correction is None else self.correction.arrays().values()
+        for array in (*self.codewords, self.norms, self.centroids, self.probes, *weights):
             digest.update(b"none" if array is None else repr(array.shape).encode() + array.tobytes())
         return digest.hexdigest()
 
@@ -145,9 +150,17 @@ class Scanner:
 
     def sums(self, codes: np.ndarray) -> np.ndarray:
         """What the tables restore of packed codes, float32 `(n, hidden_size)`."""
+        return F.embedding_bag(self.rows_of(codes), torch.from_numpy(self._codewords), mode="sum").numpy()
+
+    def restored(self, codes: np.ndarray) -> np.ndarray:
+        """What the tables restore, corrected where there is a correction, float32 `(n, hidden_size)`."""
+        sums, correction = self.sums(codes), self.tables.correction
+        return sums if correction is None else sums + correction(self.rows_of(codes)).numpy()
+
+    def rows_of(self, codes: np.ndarray) -> torch.Tensor:
+        """Numbers of the codewords that packed codes name, int64 `(n, codes)`."""
         sizes = [1 << bits for bits in self._bits]
-        rows = torch.from_numpy(unpack_codes(codes, len(sizes), sizes) + starts_of(sizes))
-        return F.embedding_bag(rows, torch.from_numpy(self._codewords), mode="sum").numpy()
+        return torch.from_numpy(unpack_codes(codes, len(sizes), sizes) + starts_of(sizes))
 
     def add(self, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
         """Adds rows, int64 `(n,)`, and their packed codes, uint8 `(n, bytes)`, batch by batch.
@@ -274,7 +287,7 @@ class Scanner:
         share = count / max(index.ntotal, 1) if share is None else share
         scores = np.empty((len(queries), count + 1), np.float32)  # one more tells whether the last has equals
         found = np.empty((len(queries), count + 1), np.int64)
-        with mapping(workers := _workers(len(queries))) as each:
+        with mapping(workers := workers_for(len(queries))) as each:
             indexes = [index, *(self._sharing(index) for _ in range(1, workers))]
             scan_part = scan_soon if workers <= FEW_THREADS else scan
             for start in range(0, len(queries), QUERIES):
@@ -383,6 +396,8 @@ class Scanner:
         arrays |= {name: array for name, array in more.items() if array is not None}
         if with_codewords:
             arrays["codewords"] = np.concatenate(self.tables.codewords)
+        if self.tables.correction is not None:
+            arrays |= {f"{CORRECTION}{name}": array for name, array in self.tables.correction.arrays().items()}
         parts = (array for number in range(self.lists) for array in reversed(self._list(number)))
         size = len(self) * (self._index.code_size + 8)
         write_tensors(file, arrays, "lists", size, parts, {name: str(value) for name, value in notes.items()})
@@ -410,13 +425,17 @@ class Scanner:
             with safe_open(file, "numpy") as opened:
                 notes = {name: int(value) for name, value in opened.metadata().items()}
                 arrays = {name: opened.get_tensor(name) for name in opened.keys() if name != "lists"}  # noqa: SIM118
+            weights = taken(arrays, CORRECTION)
             by_first = "centroids" not in arrays
             if by_first and first is not None and codewords is not None:
                 arrays["centroids"] = codewords[0][:first]
             check_arrays(arrays, codewords, bits, metric, NORM_LEVELS)
             if codewords is None:
                 codewords = np.split(arrays["codewords"], np.cumsum([1 << width for width in bits])[:-1])
-            tables = Tables(codewords, arrays.get("norms"), arrays["centroids"], arrays.get("probes"), by_first)
+            shape = sum(map(len, codewords)), codewords[0].shape[1]
+            correction = Correction.of(weights, *shape) if weights else None
+            rest = arrays.get("norms"), arrays["centroids"], arrays.get("probes"), by_first, correction
+            tables = Tables(codewords, *rest)
             scanner = cls(tables, -(-sum(bits) // 8), metric)
             scanner._map(file, arrays["sizes"])
         except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
@@ -458,13 +477,6 @@ class Scanner:
         lists.this.disown()
         self._index.replace_invlists(lists, True)
         self._mapped = None
-
-
-def _workers(queries: int) -> int:
-    """Threads that share some queries: as many as Faiss would use, where there is enough for each."""
-    import faiss
-
-    return max(1, min(faiss.omp_get_max_threads(), queries // 8))
 
 
 def _settle_ties(

@@ -77,3 +77,10 @@ def scan_lists(index: Any, look_ups: np.ndarray, lists: np.ndarray, scores: np.n
     finally:  # Python does not free it; an object of Python that owns it would spoil what SWIG knows of its classes
         type(scanner).__swig_destroy__(scanner)
     best.reorder()
+
+
+def workers_for(queries: int) -> int:
+    """Threads that share some queries: as many as Faiss would use, where there is enough for each."""
+    import faiss
+
+    return max(1, min(faiss.omp_get_max_threads(), queries // 8))

@@ -191,8 +191,12 @@ class RQMoEShards:
             counts = self._each("count", filter, apart=apart)
             restricted = filter is not None or named is not None
             plan = make_plan(sum(counts), top_k, shortlist or max(SHORTLIST, 10 * top_k), rescore, restricted)
+            if not plan.everything:
+                plan = plan.widened(self._rescorer.widening(rescore), sum(counts))
             found = self._candidates(vectors, plan, filter, apart, nprobe, restricted, rescore == "floats")
-            scores, rows = self._rescorer.rank(vectors, found.rows, plan.count, rescore, found)
+            narrow = found.rows.shape[1] if plan.everything else plan.shortlist
+            candidates = self._rescorer.narrowed(vectors, found.rows, narrow, found)
+            scores, rows = self._rescorer.rank(vectors, candidates, plan.count, rescore, found)
             if (rows >= 0).all():
                 names = ids_array(in_order(found.ids, rows.flatten().tolist())).reshape(rows.shape)
                 return (scores[0], names[0]) if single else (scores, names)
@@ -215,7 +219,7 @@ class RQMoEShards:
             return Found(np.empty((len(vectors), 0), np.int64))
         lists = self._rescorer.scanner.lists if self._rescorer.scanner is not None else 1
         probed, asked = probed_lists(nprobe, lists), self._rescorer.asked(vectors)
-        question = Question(asked, plan.shortlist, plan.share, probed, plan.everything, floats, self._tables or "",
+        question = Question(asked, plan.scanned, plan.share, probed, plan.everything, floats, self._tables or "",
                             filter)  # fmt: skip
         found = joined(self._each("candidates", question, apart=apart), plan)
         if restricted or plan.everything or probed >= lists:

@@ -25,6 +25,11 @@ def check_arrays(
         raise ValueError(f"its arrays have other shapes than they should: {shapes}")
 
 
+def taken(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """Takes out the arrays whose names begin with a prefix; their names without it."""
+    return {name.removeprefix(prefix): arrays.pop(name) for name in list(arrays) if name.startswith(prefix)}
+
+
 def span_of(file: Path, name: str) -> tuple[int, int]:
     """Where an array of a safetensors file begins and ends."""
     with open(file, "rb") as opened:
