@@ -3,16 +3,16 @@
 import numpy as np
 
 from ..modeling_rqmoe import RQMoEModel
+from .approximate import MOST_CODEWORDS, ApproximateDecoder, fit_decoder
 from .codewords import exact_codewords, fit_codewords
-from .correction import MOST_CODEWORDS, Correction, fit_correction
 from .first_codes import first_lists
 from .scanning import NORM_LEVELS, Scanner, Tables
 
 FIT_ROWS = 32_768
 POINTS_PER_LIST = 48
-CORRECTED_FROM = 100_000  # codes; fewer do not teach a correction enough
-CORRECTED_ROWS = 200_000
-CORRECTED_BYTES = 1 << 28  # of their vectors
+DECODER_FROM = 100_000  # codes; fewer do not teach an approximate decoder enough
+DECODER_ROWS = 200_000
+DECODER_BYTES = 1 << 28  # of their vectors
 ITERATIONS = 10
 PROBES = 1_024
 
@@ -20,37 +20,36 @@ PROBES = 1_024
 def fit_scanner(quantizer: RQMoEModel, sample: np.ndarray, steps: int, metric: str, lists: int) -> Scanner:
     """An empty scanner whose tables, norms and lists suit a sample of codes, uint8 `(n, bytes)`, n >= 1.
 
-    As many lists as the first codes make are made of the first codes. With experts the sums of the tables get a
-    correction, if the sample is large enough to teach it.
+    As many lists as the first codes make are made of the first codes. With experts there is an
+    approximate decoder besides, if the sample is large enough to teach it.
     """
     tables = _fit_tables(quantizer, sample, steps, metric, lists)
     scanner = Scanner(tables, sample.shape[1], metric)
-    if quantizer.config.has_experts and len(sample) >= CORRECTED_FROM:
-        tables.correction = _fit_correction(quantizer, sample, steps, scanner)
+    if quantizer.config.has_experts and len(sample) >= DECODER_FROM:
+        tables.decoder = _fit_decoder(quantizer, sample, steps, scanner)
     return scanner
 
 
 def rows_to_fit(quantizer: RQMoEModel, lists: int) -> int:
     """How many codes suit a scanner of so many lists."""
     wanted = max(FIT_ROWS, POINTS_PER_LIST * lists)
-    return max(wanted, correction_rows(quantizer)) if quantizer.config.has_experts else wanted
+    return max(wanted, decoder_rows(quantizer)) if quantizer.config.has_experts else wanted
 
 
-def correction_rows(quantizer: RQMoEModel) -> int:
-    """How many codes a correction is fitted to."""
-    return min(CORRECTED_ROWS, max(CORRECTED_FROM, CORRECTED_BYTES // (4 * quantizer.config.hidden_size)))
+def decoder_rows(quantizer: RQMoEModel) -> int:
+    """How many codes an approximate decoder is fitted to."""
+    return min(DECODER_ROWS, max(DECODER_FROM, DECODER_BYTES // (4 * quantizer.config.hidden_size)))
 
 
-def _fit_correction(quantizer: RQMoEModel, sample: np.ndarray, steps: int, scanner: Scanner) -> Correction | None:
-    """What the sums of a scanner's tables lack of what codes decode to."""
+def _fit_decoder(
+    quantizer: RQMoEModel, sample: np.ndarray, steps: int, scanner: Scanner
+) -> ApproximateDecoder | None:
+    """An approximate decoder that begins with a scanner's tables."""
     codewords = np.concatenate(scanner.tables.codewords)
     if len(codewords) > MOST_CODEWORDS:
         return None
-    codes = _spread(sample, correction_rows(quantizer))
-    missing = quantizer.decompress(codes, steps)
-    for start in range(0, len(codes), FIT_ROWS):
-        missing[start : start + FIT_ROWS] -= scanner.sums(codes[start : start + FIT_ROWS])
-    return fit_correction(scanner.rows_of(codes).numpy(), missing, codewords)
+    codes = _spread(sample, decoder_rows(quantizer))
+    return fit_decoder(scanner.rows_of(codes).numpy(), quantizer.decompress(codes, steps), codewords)
 
 
 def _spread(sample: np.ndarray, count: int) -> np.ndarray:

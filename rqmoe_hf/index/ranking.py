@@ -39,7 +39,7 @@ class Plan:
     Args:
         count: Hits per query.
         scanned: Rows that the tables choose.
-        shortlist: Rows of these that are ranked, which a correction chooses if there are more.
+        shortlist: Rows of these that are ranked, which an approximate decoder chooses if there are more.
         share: Of all rows that may be found, how many the tables choose.
         everything: Rank all rows that may be found, without the tables.
     """

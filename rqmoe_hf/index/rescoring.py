@@ -15,7 +15,7 @@ from .scanning import Scanner, Tables
 
 FOREIGN = "The snapshot of the index does not belong to its database: delete scan-*.safetensors; it is made anew."
 BLOCK = 16_384  # vectors restored at a time
-WIDENING = 4  # times as many rows come from the tables where a correction chooses among them
+WIDENING = 4  # times as many rows come from the tables where an approximate decoder chooses among them
 
 
 class KnowsRows(Protocol):
@@ -68,14 +68,14 @@ class Rescorer:
 
     def widening(self, rescore: str) -> int:
         """How many times as many rows the tables are to choose as are ranked."""
-        corrected = self.scanner is not None and self.scanner.tables.correction is not None
-        return WIDENING if corrected and rescore != "tables" else 1
+        chosen = self.scanner is not None and self.scanner.tables.decoder is not None
+        return WIDENING if chosen and rescore != "tables" else 1
 
     def narrowed(self, queries: np.ndarray, candidates: np.ndarray, count: int, known: KnowsRows) -> np.ndarray:
-        """The candidates that are worth ranking, `(n, count)`, by corrected tables where there are more."""
-        if candidates.shape[1] <= count or self.scanner is None or self.scanner.tables.correction is None:
+        """The candidates that are worth ranking, `(n, count)`: those that the approximate decoder ranks highest."""
+        if candidates.shape[1] <= count or self.scanner is None or self.scanner.tables.decoder is None:
             return candidates
-        return self.rank(queries, candidates, count, "corrected", known)[1]
+        return self.rank(queries, candidates, count, "approximate", known)[1]
 
     def rank(
         self, queries: np.ndarray, candidates: np.ndarray, count: int, rescore: str, known: KnowsRows
@@ -86,7 +86,7 @@ class Rescorer:
             queries: float32 `(n, hidden_size)`.
             candidates: Row numbers, int64 `(n, m)`; -1 where there is none.
             count: How many to keep of each query's.
-            rescore: "floats", "codes", "corrected" or "tables".
+            rescore: "floats", "codes", "approximate" or "tables".
             known: What is known of the rows.
 
         Returns:
@@ -139,7 +139,7 @@ class Rescorer:
         if tables is None and not self.quantizer.config.has_experts:
             tables = self._exact
         try:
-            if source == "corrected" and tables is not None:
+            if source == "approximate" and tables is not None:
                 vectors = tables.restored(codes)
             else:
                 vectors = tables.sums(codes) if by_tables and tables is not None else self.restore(codes)

@@ -33,7 +33,7 @@ from ..additive import faiss_widths
 from ..codes import unpack_codes
 from ..least_squares import starts_of
 from ..saving import write_tensors
-from .correction import Correction
+from .approximate import ApproximateDecoder
 from .documents import DamagedRowsError
 from .first_codes import first_codes, joined_codes, other_codes
 from .scans import FEW_THREADS, mapping, scan, scan_soon, workers_for
@@ -44,7 +44,7 @@ SPOOLED_BYTES = 1 << 20  # of list numbers that stay in memory
 GATHERED_ROWS = 1 << 18  # that are in memory beside the lists while they are added
 MARKS = 1 << 30  # row numbers up to which a table tells which rows are wanted
 QUERIES = 256  # whose look-up tables are computed at a time
-CORRECTION = "correction."  # begins the names of its arrays in a snapshot
+DECODER = "decoder."  # begins the names of its arrays in a snapshot
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Tables:
         centroids: float32 `(lists, hidden_size)` of the inverted lists; one for a flat scan.
         probes: Sums of a sample of codes at norm 1, float32 `(p, hidden_size)`; for "cosine" only.
         by_first_code: The inverted lists are the first codes, and `centroids` what the first of `codewords` says.
-        correction: Restores what their sums lack; None if there is none.
+        decoder: Restores more than their sums; None if there is none.
     """
 
     codewords: list[np.ndarray]
@@ -65,13 +65,13 @@ class Tables:
     centroids: np.ndarray
     probes: np.ndarray | None = None
     by_first_code: bool = False
-    correction: Correction | None = None
+    decoder: ApproximateDecoder | None = None
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 over all of it: codes scored by equal tables have comparable scores."""
         digest = hashlib.sha256(b"by first code" if self.by_first_code else b"")
-        weights = () if self.correction is None else self.correction.arrays().values()
+        weights = () if self.decoder is None else self.decoder.arrays().values()
         for array in (*self.codewords, self.norms, self.centroids, self.probes, *weights):
             digest.update(b"none" if array is None else repr(array.shape).encode() + array.tobytes())
         return digest.hexdigest()
@@ -153,9 +153,9 @@ class Scanner:
         return F.embedding_bag(self.rows_of(codes), torch.from_numpy(self._codewords), mode="sum").numpy()
 
     def restored(self, codes: np.ndarray) -> np.ndarray:
-        """What the tables restore, corrected where there is a correction, float32 `(n, hidden_size)`."""
-        sums, correction = self.sums(codes), self.tables.correction
-        return sums if correction is None else sums + correction(self.rows_of(codes)).numpy()
+        """What the approximate decoder restores, or the tables where there is none, float32 `(n, hidden_size)`."""
+        decoder = self.tables.decoder
+        return self.sums(codes) if decoder is None else decoder(self.rows_of(codes)).numpy()
 
     def rows_of(self, codes: np.ndarray) -> torch.Tensor:
         """Numbers of the codewords that packed codes name, int64 `(n, codes)`."""
@@ -396,8 +396,8 @@ class Scanner:
         arrays |= {name: array for name, array in more.items() if array is not None}
         if with_codewords:
             arrays["codewords"] = np.concatenate(self.tables.codewords)
-        if self.tables.correction is not None:
-            arrays |= {f"{CORRECTION}{name}": array for name, array in self.tables.correction.arrays().items()}
+        if self.tables.decoder is not None:
+            arrays |= {f"{DECODER}{name}": array for name, array in self.tables.decoder.arrays().items()}
         parts = (array for number in range(self.lists) for array in reversed(self._list(number)))
         size = len(self) * (self._index.code_size + 8)
         write_tensors(file, arrays, "lists", size, parts, {name: str(value) for name, value in notes.items()})
@@ -425,7 +425,7 @@ class Scanner:
             with safe_open(file, "numpy") as opened:
                 notes = {name: int(value) for name, value in opened.metadata().items()}
                 arrays = {name: opened.get_tensor(name) for name in opened.keys() if name != "lists"}  # noqa: SIM118
-            weights = taken(arrays, CORRECTION)
+            weights = taken(arrays, DECODER)
             by_first = "centroids" not in arrays
             if by_first and first is not None and codewords is not None:
                 arrays["centroids"] = codewords[0][:first]
@@ -433,8 +433,8 @@ class Scanner:
             if codewords is None:
                 codewords = np.split(arrays["codewords"], np.cumsum([1 << width for width in bits])[:-1])
             shape = sum(map(len, codewords)), codewords[0].shape[1]
-            correction = Correction.of(weights, *shape) if weights else None
-            rest = arrays.get("norms"), arrays["centroids"], arrays.get("probes"), by_first, correction
+            decoder = ApproximateDecoder.of(weights, *shape) if weights else None
+            rest = arrays.get("norms"), arrays["centroids"], arrays.get("probes"), by_first, decoder
             tables = Tables(codewords, *rest)
             scanner = cls(tables, -(-sum(bits) // 8), metric)
             scanner._map(file, arrays["sizes"])

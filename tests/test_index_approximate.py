@@ -1,4 +1,4 @@
-"""The correction of an index's tables for experts, against its formula, brute force and what codes decode to."""
+"""The approximate decoder of an index, against its formula, brute force and what codes decode to."""
 
 import numpy as np
 import pytest
@@ -8,13 +8,13 @@ from safetensors.numpy import load_file, save_file
 
 from rqmoe_hf import RQMoEModel, pack_codes
 from rqmoe_hf.codes import unpack_codes
-from rqmoe_hf.index import RQMoEIndex, RQMoEShards, correction, fitting, verify
-from rqmoe_hf.index.correction import Correction, fit_correction
+from rqmoe_hf.index import RQMoEIndex, RQMoEShards, approximate, fitting, verify
+from rqmoe_hf.index.approximate import ApproximateDecoder, fit_decoder
 from rqmoe_hf.index.rescoring import WIDENING
 
 METRICS = ("cosine", "inner_product", "l2")
 ROWS = 4_500
-NAMES = ("codes.weight", "bias", "hidden.weight", "hidden.bias", "output.weight", "output.bias")
+NAMES = ("tables.weight", "codes.weight", "bias", "hidden.weight", "hidden.bias", "output.weight", "output.bias")
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +34,9 @@ def queries() -> np.ndarray:
 
 @pytest.fixture(autouse=True)
 def from_few_codes(monkeypatch):
-    monkeypatch.setattr(fitting, "CORRECTED_FROM", 3_000)
-    monkeypatch.setattr(fitting, "CORRECTED_ROWS", 4_000)
-    monkeypatch.setattr(correction, "BATCH", 64)
+    monkeypatch.setattr(fitting, "DECODER_FROM", 3_000)
+    monkeypatch.setattr(fitting, "DECODER_ROWS", 4_000)
+    monkeypatch.setattr(approximate, "BATCH", 64)
 
 
 def filled(model, codes, folder=None, **settings) -> RQMoEIndex:
@@ -47,12 +47,15 @@ def filled(model, codes, folder=None, **settings) -> RQMoEIndex:
 
 def by_formula(arrays: dict[str, np.ndarray], codes: np.ndarray) -> np.ndarray:
     """The network, one vector after the other."""
-    weights, bias, hidden, hidden_bias, output, output_bias = (arrays[name].astype(np.float64) for name in NAMES)
-    corrections = []
+    given = (arrays[name].astype(np.float64) for name in NAMES)
+    tables, weights, bias, hidden, hidden_bias, output, output_bias = given
+    restored = []
     for row in codes:
-        inner = np.maximum(sum(weights[32 * step + code] for step, code in enumerate(row)) + bias, 0)
-        corrections.append(output @ (inner + np.maximum(hidden @ inner + hidden_bias, 0)) + output_bias)
-    return np.array(corrections)
+        numbers = [32 * step + code for step, code in enumerate(row)]
+        inner = np.maximum(sum(weights[number] for number in numbers) + bias, 0)
+        added = output @ (inner + np.maximum(hidden @ inner + hidden_bias, 0)) + output_bias
+        restored.append(sum(tables[number] for number in numbers) + added)
+    return np.array(restored)
 
 
 def scores(queries, vectors, metric):
@@ -77,17 +80,17 @@ def test_it_restores_what_tables_miss(codes, member):
     before = np.square(truth - scanner.sums(packed)).sum()
     after = np.square(truth - scanner.restored(packed)).sum()
     assert after < 0.8 * before
-    expected = scanner.sums(packed) + by_formula(scanner.tables.correction.arrays(), others)
+    expected = by_formula(scanner.tables.decoder.arrays(), others)
     np.testing.assert_allclose(scanner.restored(packed), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_stages_equal_brute_force(experts, codes, queries, metric):
-    """Tables choose four times the shortlist, corrected ones the shortlist, and what codes decode to ranks it."""
+    """Tables choose four times the shortlist, the approximate decoder the shortlist, and the real one ranks it."""
     index, shortlist = filled(experts, codes, metric=metric), 12
     found = index.search(queries, 5, shortlist=shortlist, nprobe=10**6)
     scanner, packed = index._ranker.scanner, pack_codes(codes, CODEWORDS)
-    stages = scanner.sums(packed), scanner.sums(packed) + by_formula(scanner.tables.correction.arrays(), codes)
+    stages = scanner.sums(packed), by_formula(scanner.tables.decoder.arrays(), codes)
     decoded = experts.decompress(packed)
     for query, hits in zip(queries, found[1], strict=True):
         rows = np.arange(ROWS)
@@ -107,11 +110,11 @@ def test_it_finds_more(experts, codes, queries, monkeypatch):
         hits = index.search(queries, 10, shortlist=20)[1]
         return np.mean([len(set(some) & set(best)) for some, best in zip(hits.tolist(), truth.tolist(), strict=True)])
 
-    corrected = share(filled(experts, codes))
-    monkeypatch.setattr(fitting, "CORRECTED_FROM", ROWS + 1)
+    more = share(filled(experts, codes))
+    monkeypatch.setattr(fitting, "DECODER_FROM", ROWS + 1)
     plain = filled(experts, codes)
-    assert share(plain) < corrected
-    assert plain._ranker.scanner.tables.correction is None
+    assert share(plain) < more
+    assert plain._ranker.scanner.tables.decoder is None
 
 
 def test_restricted_searches(experts, codes, queries):
@@ -131,7 +134,7 @@ def test_a_snapshot_brings_it(experts, codes, queries, tmp_path):
         index.save()
         before = index.search(queries, 10, shortlist=20)
     with RQMoEIndex.load(tmp_path / "index", experts) as index:
-        assert index._ranker.scanner.tables.correction is not None
+        assert index._ranker.scanner.tables.decoder is not None
         after = index.search(queries, 10, shortlist=20)
     for one, other in zip(before, after, strict=True):
         np.testing.assert_array_equal(one, other)
@@ -149,13 +152,13 @@ def test_hostile_snapshots_are_refused(experts, codes, tmp_path, damage):
     with safe_open(file, "numpy") as opened:
         notes = opened.metadata()
     if damage == "a weight is missing":
-        del arrays["correction.hidden.weight"]
+        del arrays["decoder.hidden.weight"]
     elif damage == "wider":
-        arrays["correction.output.weight"] = np.ones((SIZE + 1, 256), np.float32)
+        arrays["decoder.output.weight"] = np.ones((SIZE + 1, 256), np.float32)
     elif damage == "of another type":
-        arrays["correction.codes.weight"] = arrays["correction.codes.weight"].astype(np.float64)
+        arrays["decoder.codes.weight"] = arrays["decoder.codes.weight"].astype(np.float64)
     else:
-        arrays["correction.bias"] = np.ones((), np.float32)
+        arrays["decoder.bias"] = np.ones((), np.float32)
     lists = arrays.pop("lists")
     save_file(arrays | {"lists": lists}, file, notes)
     with pytest.raises(ValueError, match="no snapshot of this index"):
@@ -171,7 +174,7 @@ def test_shards_equal_one_index(experts, codes, queries, tmp_path):
     expected = filled(experts, codes).search(queries, 10, shortlist=20)
     with RQMoEShards(folders, experts) as shards:
         found = shards.search(queries, 10, shortlist=20)
-        assert shards._rescorer.scanner.tables.correction is not None
+        assert shards._rescorer.scanner.tables.decoder is not None
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -180,9 +183,9 @@ def test_one_that_gains_nothing_is_not_kept():
     rng = np.random.default_rng(0)
     rows, noise = rng.integers(64, size=(5_000, 3)), rng.normal(size=(5_000, 8)).astype(np.float32)
     codewords = rng.normal(size=(64, 8)).astype(np.float32)
-    assert fit_correction(rows, noise, codewords) is None
-    learned = fit_correction(rows, np.repeat((rows[:, :1] % 7).astype(np.float32), 8, axis=1), codewords)
-    assert isinstance(learned, Correction)
+    assert fit_decoder(rows, codewords[rows].sum(axis=1) + noise, codewords) is None
+    learned = fit_decoder(rows, np.repeat((rows[:, :1] * rows[:, 1:2] % 7).astype(np.float32), 8, axis=1), codewords)
+    assert isinstance(learned, ApproximateDecoder)
 
 
 def test_tables_are_fitted_to_all_of_the_sample(experts, codes, monkeypatch):
