@@ -120,6 +120,7 @@ benchmark: benchmark-sets
 	$(BIN)/python benchmarks/quality.py --set sift-128 --limit 100000 --bytes 8 16 --methods "ours, experts x8"
 	$(BIN)/python benchmarks/quality.py --set fashion-mnist-784 --bytes 8 --methods "ours, experts x8"
 	$(BIN)/python benchmarks/levers.py
+	$(BIN)/python benchmarks/experts.py
 	$(BIN)/python benchmarks/encoding.py
 	$(BIN)/python benchmarks/module.py --encoder "$(ENCODER)"
 	$(BIN)/python benchmarks/fit.py --encoder "$(ENCODER)"

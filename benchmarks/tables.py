@@ -25,7 +25,7 @@ from rivals.tables import (
     summary,
     tasks,
 )
-from scaling.tables import costs, forecast, peaks, workers
+from scaling.tables import costs, forecast, peaks, peaks_50_gb, workers
 from sets import SETS
 
 from rqmoe_hf.bundled import bundled_quantizers, load_quantizer
@@ -231,6 +231,14 @@ def levers() -> str:
     return "\n".join(lines)
 
 
+def experts() -> str:
+    """What settings of experts give."""
+    lines = ["| | weights | MSE, greedy | MSE, beam of 16 |", "| --- | ---: | ---: | ---: |"]
+    for name, row in environment.load("experts-sift-128").get("settings", {}).items():
+        lines.append(f"| {name} | {row['weights']:,} | {row['mse']['greedy']:,.0f} | {row['mse']['beam']:,.0f} |")
+    return "\n".join(lines)
+
+
 def search() -> str:
     """Search in embeddings of texts."""
     return search_table("search-minilm-384")
@@ -305,12 +313,14 @@ TABLES = {
         fit,
         bundled,
         levers,
+        experts,
         search,
         search_sift,
         machine,
         costs,
         forecast,
         peaks,
+        peaks_50_gb,
         workers,
     )
 } | {f"all_{name.replace('-', '_')}": everything(name) for name in SETS}

@@ -86,6 +86,22 @@ def peaks() -> str:
     return "\n".join(lines)
 
 
+def peaks_50_gb() -> str:
+    """Peak memory of the stages for fifty gigabytes of vectors."""
+    lines = [
+        "| stage | anonymous | of it codes and ids | pages of files | both | took |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, rows in environment.load("memory-50-gb").get("stages", {}).items():
+        (row,) = rows.values()
+        held = size(row["held"]) if row["held"] else ""
+        lines.append(
+            f"| {name} | {size(row['anonymous'])} | {held} | {size(row['file'])} | {size(row['total'])} | "
+            f"{duration(row['seconds'])} |"
+        )
+    return "\n".join(lines)
+
+
 def workers() -> str:
     """Compressing in one process and on workers of Ray."""
     results = environment.load("ray")

@@ -156,7 +156,8 @@ class RQMoEIndex(Collection):
             filter: Consider only documents whose metadata it holds for; see `rqmoe_hf.index.filters`. It is evaluated
                 before scanning. One on a field that no document has finds nothing.
             ids: Consider only these.
-            shortlist: Vectors that the scan hands on to be ranked, default 100 or ten for each hit.
+            shortlist: Vectors that are ranked, default 100 or ten for each hit: those that the scan finds, or, with
+                experts and from 100,000 vectors on, a quarter of them, which an approximate decoder chooses.
             rescore: How they are ranked: by the "floats" that were kept, by what the "codes" decode to, or by the
                 sums of the scan's "tables"; "auto" is floats where they are kept, codes otherwise.
             nprobe: Inverted lists that are scanned, default a sixteenth of them and at least 32.
@@ -192,7 +193,8 @@ class RQMoEIndex(Collection):
         """Prepares the folder for quick loading, or makes one.
 
         Changes are on disk without it. It writes down what scanning needs, which [`load`] otherwise makes anew, and
-        the checksum of the database.
+        the checksum of the database. With experts and from 100,000 vectors on an approximate decoder is part of that,
+        which takes a few minutes to learn the first time, and each time that the collection has grown fourfold.
 
         Args:
             folder: None for the index's own. Another one must not hold an index, and gets a copy; an index without a
