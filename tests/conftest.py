@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
+import json
 import multiprocessing
 import subprocess
 import sys
@@ -113,15 +114,39 @@ def hub(encoder):
         yield server
 
 
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory):
+    """Runs Python code in forks of a process in which large libraries are imported."""
+    logs = tmp_path_factory.mktemp("programs")
+    command = [sys.executable, str(ROOT / "tests" / "client_server.py")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+
+        def run(code: str, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess:
+            output, errors = logs / "output", logs / "errors"
+            request = {"code": code, "environment": environment, "folder": str(folder)}
+            request |= {"output": str(output), "errors": str(errors)}
+            server.stdin.write(json.dumps(request) + "\n")
+            server.stdin.flush()
+            status = int(server.stdout.readline())
+            return subprocess.CompletedProcess(code, status, output.read_text("utf-8"), errors.read_text("utf-8"))
+
+        yield run
+        server.stdin.close()
+
+
 @pytest.fixture
-def client(hub, tmp_path):
+def client(hub, tmp_path, forked):
     """Runs Python code in a new process that sees this Hub, with an empty cache unless told otherwise."""
     hub.drop.clear()
 
     def run(code: str, home: str = "home", check: bool = True, python_flags: Sequence[str] = (), **variables):
         environment = {**os.environ, **hub.environment(tmp_path / home), "PYTHONPATH": str(ROOT), **variables}
-        command = [sys.executable, *python_flags, "-c", textwrap.dedent(code)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+        program = textwrap.dedent(code)
+        if python_flags:
+            command = [sys.executable, *python_flags, "-c", program]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+        else:
+            done = forked(program, tmp_path, environment)
         assert not check or done.returncode == 0, done.stderr[-3000:]
         return done
 

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import faiss
@@ -18,11 +17,16 @@ from rqmoe_hf.demo import collect_documentation
 VERBS = ["demo", "embed", "train", "compress", "decompress", "evaluate", "push", "info", "convert"]
 
 
-def rqmoe(*arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    return subprocess.run(
-        [sys.executable, "-m", "rqmoe_hf", *arguments], env=environment, capture_output=True, text=True
-    )
+@pytest.fixture
+def rqmoe(forked):
+    """The command, in a process of its own."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        program = "import runpy, sys\nsys.argv[1:] = {!r}\nrunpy.run_module('rqmoe_hf', run_name='__main__')"
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+        return forked(program.format(list(arguments)), Path.cwd(), environment)
+
+    return run
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -34,7 +38,7 @@ def test_every_verb_explains_itself(verb):
     assert verb in listed
 
 
-def test_train_evaluate_compress_decompress_info(clustered, tmp_path):
+def test_train_evaluate_compress_decompress_info(clustered, tmp_path, rqmoe):
     np.save(tmp_path / "train.npy", clustered[1000:])
     np.save(tmp_path / "test.npy", clustered[:1000])
     recipe = tmp_path / "recipe.yaml"
@@ -82,7 +86,7 @@ def test_train_evaluate_compress_decompress_info(clustered, tmp_path):
     assert tuned.returncode == 0, tuned.stderr
 
 
-def test_train_from_texts(encoder, tmp_path):
+def test_train_from_texts(encoder, tmp_path, rqmoe):
     lines = [f"The {color} {animal} {verb} over {number} fences." for color in ("red", "green", "grey") for animal in
              ("fox", "cat", "dog") for verb in ("jumps", "flies") for number in range(12)]  # fmt: skip
     (tmp_path / "texts.txt").write_text("\n".join(lines))
@@ -96,7 +100,7 @@ def test_train_from_texts(encoder, tmp_path):
 
 
 @pytest.mark.parametrize("evaluations", [1, 2])
-def test_train_from_a_stream(clustered, tmp_path, evaluations):
+def test_train_from_a_stream(clustered, tmp_path, evaluations, rqmoe):
     np.save(tmp_path / "held_out.npy", clustered[4000:])
     Dataset.from_dict({"embeddings": clustered[:4000].tolist()}).to_parquet(tmp_path / "train" / "part.parquet")
     done = rqmoe(
@@ -112,7 +116,7 @@ def test_train_from_a_stream(clustered, tmp_path, evaluations):
     assert json.loads((tmp_path / "out" / "training.json").read_text("utf-8"))["batch_size"] == 128
 
 
-def test_train_additive(clustered, tmp_path):
+def test_train_additive(clustered, tmp_path, rqmoe):
     np.save(tmp_path / "vectors.npy", clustered)
     options = ["--additive", "--num-codebooks", "3", "--codebook-size", "32", "--evaluation-size", "500"]
     done = rqmoe("train", "--embeddings", str(tmp_path / "vectors.npy"), "-o", str(tmp_path / "out"), *options)
@@ -122,7 +126,7 @@ def test_train_additive(clustered, tmp_path):
     assert "LSQ" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_train_experts_on_reconstructions(clustered, tmp_path):
+def test_train_experts_on_reconstructions(clustered, tmp_path, rqmoe):
     np.save(tmp_path / "vectors.npy", clustered)
     options = ["--conditioning", "reconstruction", "--num-experts", "1", "--intermediate-size", "32"]
     options += ["--num-codebooks", "3", "--codebook-size", "32", "--beam-size", "1", "--final-beam-size", "8"]
@@ -135,7 +139,7 @@ def test_train_experts_on_reconstructions(clustered, tmp_path):
     assert json.loads((tmp_path / "out" / "training.json").read_text())["member"] == "qinco"
 
 
-def test_a_fit_check_on_texts(encoder, tmp_path):
+def test_a_fit_check_on_texts(encoder, tmp_path, rqmoe):
     lines = [" ".join(text.split()[:30]) for text in collect_documentation()[1][:400]]
     (tmp_path / "texts.txt").write_text("\n".join(lines), "utf-8")
     report = tmp_path / "report.json"
@@ -149,7 +153,7 @@ def test_a_fit_check_on_texts(encoder, tmp_path):
     assert "Verdict: " in result.stdout
 
 
-def test_convert(clustered, tmp_path):
+def test_convert(clustered, tmp_path, rqmoe):
     index = faiss.IndexPQ(16, 4, 4)
     index.train(clustered)
     faiss.write_index(index, str(tmp_path / "pq.index"))
@@ -175,7 +179,7 @@ def test_convert(clustered, tmp_path):
         (["embed", "none.txt", "-o", "out", "--encoder", "x"], "no file or folder none.txt"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(tmp_path, monkeypatch, arguments, message):
+def test_mistakes_are_one_line_and_leave_nothing(tmp_path, monkeypatch, arguments, message, rqmoe):
     monkeypatch.chdir(tmp_path)
     result = rqmoe(*arguments)
     assert result.returncode == 1
@@ -184,7 +188,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, monkeypatch, argument
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_recipe_with_a_typo_is_refused(tmp_path):
+def test_a_recipe_with_a_typo_is_refused(tmp_path, rqmoe):
     (tmp_path / "recipe.yaml").write_text("codebok_size: 16\n")
     result = rqmoe("train", "--recipe", str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "out"))
     assert result.returncode == 1
