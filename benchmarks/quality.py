@@ -82,6 +82,9 @@ def prepare(cell: Cell, data: EmbeddingSet, minutes: float) -> tuple[Quantizer |
     quantizer = build(cell.method, dimension, cell.size or 0)
     if cell.size is None:
         assert quantizer is not None
+        if cell.method.startswith("binary") and data.train.min() >= 0:
+            print(f"{cell.method}: no value is negative, so that all signs are the same", flush=True)
+            return None, identity
         return quantizer, identity | {"bytes": -(-quantizer.code_bits // 8)}
     count, reason = training_vectors(cell.method, cell.size, dimension, available)
     if count == 0 or quantizer is None:
