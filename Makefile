@@ -116,6 +116,8 @@ benchmark: benchmark-sets
 	  $(BIN)/python benchmarks/quality.py --set $$set --limit 100000 && \
 	  $(BIN)/python benchmarks/quality.py --set $$set --limit 100000 --methods $(ADDITIVE) || exit 1; done
 	$(BIN)/python benchmarks/quality.py --set sift-128 --limit 100000 --bytes 8 --methods official --minutes 5
+	$(BIN)/python benchmarks/quality.py --set wordllama-256 --limit 100000 --bytes 8 --methods official --minutes 13
+	$(BIN)/python benchmarks/quality.py --set fashion-mnist-784 --bytes 8 --methods official --minutes 12
 	$(BIN)/python benchmarks/quality.py --set sift-128 --bytes 8 --methods LSQ "LSQ, 128 iterations"
 	$(BIN)/python benchmarks/quality.py --set sift-128 --limit 100000 --bytes 8 16 --methods "ours, experts x8"
 	$(BIN)/python benchmarks/quality.py --set fashion-mnist-784 --bytes 8 --methods "ours, experts x8"

@@ -19,7 +19,7 @@ from rqmoe_hf.saving import write_text
 from .interface import BLOCK, NPROBES, Collection, mark_built
 
 KINDS = ("flat", "ivf", "ivf-floats")
-SHORTLISTS = (20, 100, 400)
+SHORTLISTS = (20, 50, 100, 400)
 TABLES_SHORTLIST = 20  # the scan ranks all but the last of a shortlist as the sums do
 
 
