@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 WIDTH = 256
 EPOCHS = 8
 BATCH = 512
+AT_ONCE = 1_024
 LEARNING_RATE = 3e-3
 HELD_OUT = 20  # one row of so many
 LEAST_GAIN = 0.1  # of the squared error; otherwise it is not worth its time
@@ -50,6 +51,10 @@ class ApproximateDecoder(nn.Module):
         """
         inner = F.relu(self.codes(rows) + self.bias)
         return self.tables(rows) + self.output(inner + F.relu(self.hidden(inner)))
+
+    def restored(self, rows: torch.Tensor) -> np.ndarray:
+        """As [`forward`], a few at a time, so that what lies between the layers stays in the processor's cache."""
+        return torch.cat([self(some) for some in rows.split(AT_ONCE)]).numpy()
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All weights by name."""

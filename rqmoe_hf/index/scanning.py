@@ -155,7 +155,7 @@ class Scanner:
     def restored(self, codes: np.ndarray) -> np.ndarray:
         """What the approximate decoder restores, or the tables where there is none, float32 `(n, hidden_size)`."""
         decoder = self.tables.decoder
-        return self.sums(codes) if decoder is None else decoder(self.rows_of(codes)).numpy()
+        return self.sums(codes) if decoder is None else decoder.restored(self.rows_of(codes))
 
     def rows_of(self, codes: np.ndarray) -> torch.Tensor:
         """Numbers of the codewords that packed codes name, int64 `(n, codes)`."""
