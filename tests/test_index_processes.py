@@ -5,8 +5,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import index_workers
 import pytest
@@ -147,3 +149,26 @@ def test_opening_while_another_process_saves(filled, clustered, monkeypatch, whe
     done.clear()
     assert verify(filled) == [] and done
     writer.close()
+
+
+def test_an_index_that_is_collected_while_another_is_opened(filled, monkeypatch):
+    """A collection of garbage at any moment of opening neither waits for itself nor closes what is being opened."""
+    forgotten = RQMoEIndex.load(filled, MODEL)
+    forgotten.itself = forgotten  # only a collection finds it
+
+    def collecting(*arguments, **options):
+        gc.collect()
+        return os.stat(*arguments, **options)
+
+    monkeypatch.setattr("rqmoe_hf.index.held.os", SimpleNamespace(**vars(os) | {"stat": collecting}))
+    gc.disable()
+    del forgotten
+    opened = []
+    thread = threading.Thread(target=lambda: opened.append(RQMoEIndex.load(filled, MODEL)), daemon=True)
+    thread.start()
+    thread.join(30)
+    gc.enable()
+    (index,) = opened
+    assert len(index) == 400
+    index.close()
+    assert verify(filled) == []

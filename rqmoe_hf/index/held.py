@@ -12,12 +12,23 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 PIECE = 1 << 20
 
-_lock = threading.Lock()
-_held: dict[tuple[int, int], tuple[int, int]] = {}  # (device, inode): a descriptor, and how many use it
+_lock = threading.RLock()  # a garbage collection while it is held may let go of files
+
+
+@dataclass
+class _Held:
+    """A descriptor, and how many use it."""
+
+    descriptor: int | None = None
+    users: int = 0
+
+
+_held: dict[tuple[int, int], _Held] = {}  # by device and inode
 
 
 def hold(file: Path, create: bool = False) -> tuple[int, int]:
@@ -35,19 +46,26 @@ def hold(file: Path, create: bool = False) -> tuple[int, int]:
             file.touch()
         found = os.stat(file)
         key = found.st_dev, found.st_ino
-        descriptor, users = _held.get(key) or (os.open(file, os.O_RDONLY), 0)
-        _held[key] = descriptor, users + 1
+        held = _held.setdefault(key, _Held())
+        held.users += 1  # before anything else, so that it stays open
+        try:
+            if held.descriptor is None:
+                held.descriptor = os.open(file, os.O_RDONLY)
+        except BaseException:
+            let_go(key)
+            raise
         return key
 
 
 def let_go(key: tuple[int, int]) -> None:
     """Ends one use of a file; the last one closes it. A connection to it must be closed before."""
     with _lock:
-        descriptor, users = _held.pop(key)
-        if users > 1:
-            _held[key] = descriptor, users - 1
-        else:
-            os.close(descriptor)
+        held = _held[key]
+        held.users -= 1
+        if not held.users:
+            del _held[key]
+            if held.descriptor is not None:
+                os.close(held.descriptor)
 
 
 def hold_for(owner: object, file: Path, create: bool = False) -> weakref.finalize:
@@ -62,7 +80,9 @@ def holding(file: Path) -> Iterator[int]:
     """A descriptor of a file for reading; several may read from it at once, so that it is read by offset."""
     key = hold(file)
     try:
-        yield _held[key][0]
+        descriptor = _held[key].descriptor
+        assert descriptor is not None
+        yield descriptor
     finally:
         let_go(key)
 
