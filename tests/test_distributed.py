@@ -93,20 +93,21 @@ def test_files_of_a_stream_are_divided_among_the_ranks(vectors, tmp_path):
 
 
 def test_a_lost_rank_is_replaced_and_training_goes_on(alone, vectors, tmp_path):
+    """Also one that was killed while it wrote its part of a checkpoint: such a checkpoint does not count as whole."""
     output, log = tmp_path / "run", tmp_path / "log"
     elastic = [*TWO, "--max-restarts", "1", "--monitor-interval", "0.2"]
     # Without this, ranks that are started again meet the addresses of those before (pytorch/pytorch#135712).
     environment = ENVIRONMENT | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with log.open("w") as sink:
         process = subprocess.Popen(
-            command(elastic, vectors, output, 128), env=environment, stdout=sink, stderr=subprocess.STDOUT
+            command(elastic, vectors, output, 128, slow_rank=1), env=environment, stdout=sink, stderr=subprocess.STDOUT
         )
         try:
             kill_rank(process, 1, output / "checkpoints")
             process.wait(timeout=240)
         finally:
             process.terminate()  # its ranks with it
-    assert process.returncode == 0, log.read_text()[-3000:]
+    assert process.returncode == 0, log.read_text()[-20_000:]
     assert_equal_ranks(output)
     assert errors(output)[-1] == pytest.approx(errors(alone)[-1], rel=5e-3)
 

@@ -122,6 +122,11 @@ class RQMoETrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Waits for the files of all ranks, since the first then writes what says that the checkpoint is complete."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
     def create_model_card(self, *args, model_name: str | None = None, **kwargs) -> None:
         """Writes the quantizer's card to `output_dir`; the Trainer's own describes a fine-tuned language model."""
         from ..hub.cards import render_card
@@ -135,7 +140,8 @@ class RQMoETrainer(Trainer):
 def last_complete_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that was written to its end; those that were cut off are deleted.
 
-    The Trainer writes `trainer_state.json` last, so a checkpoint without a readable one is incomplete.
+    The Trainer writes `trainer_state.json` last, when all ranks have written their files, so a checkpoint without a
+    readable one is incomplete.
     """
     while folder.is_dir() and (checkpoint := get_last_checkpoint(str(folder))):
         try:
