@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 WIDTH = 256
 EPOCHS = 8
 BATCH = 512
-AT_ONCE = 1_024
+AT_ONCE = 1_024  # rows that are restored
 LEARNING_RATE = 3e-3
 HELD_OUT = 20  # one row of so many
 LEAST_GAIN = 0.1  # of the squared error; otherwise it is not worth its time

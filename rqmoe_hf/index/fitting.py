@@ -12,7 +12,7 @@ FIT_ROWS = 32_768
 POINTS_PER_LIST = 48
 DECODER_FROM = 100_000  # codes; fewer do not teach an approximate decoder enough
 DECODER_ROWS = 200_000
-DECODER_BYTES = 1 << 28  # of their vectors
+DECODER_BYTES = 1 << 28  # of their vectors, unless those of DECODER_FROM codes take more
 ITERATIONS = 10
 PROBES = 1_024
 

@@ -194,9 +194,9 @@ class RQMoEShards:
             if not plan.everything:
                 plan = plan.widened(self._rescorer.widening(rescore), sum(counts))
             found = self._candidates(vectors, plan, filter, apart, nprobe, restricted, rescore == "floats")
-            narrow = found.rows.shape[1] if plan.everything else plan.shortlist
-            candidates = self._rescorer.narrowed(vectors, found.rows, narrow, found)
-            scores, rows = self._rescorer.rank(vectors, candidates, plan.count, rescore, found)
+            if not plan.everything:
+                found.rows = self._rescorer.narrowed(vectors, found.rows, plan.shortlist, found)
+            scores, rows = self._rescorer.rank(vectors, found.rows, plan.count, rescore, found)
             if (rows >= 0).all():
                 names = ids_array(in_order(found.ids, rows.flatten().tolist())).reshape(rows.shape)
                 return (scores[0], names[0]) if single else (scores, names)
