@@ -60,8 +60,10 @@ def _spread(sample: np.ndarray, count: int) -> np.ndarray:
 def _fit_tables(quantizer: RQMoEModel, sample: np.ndarray, steps: int, metric: str, lists: int) -> Tables:
     """The tables, norms and lists."""
     experts, by_first = quantizer.config.has_experts, lists == first_lists(quantizer.config, steps)
-    few = _spread(sample, FIT_ROWS)
-    codewords = fit_codewords(quantizer, few, steps) if experts else exact_codewords(quantizer, steps)
+    if experts:
+        codewords = fit_codewords(quantizer, _spread(sample, FIT_ROWS), steps)
+    else:
+        codewords = exact_codewords(quantizer, steps)
     flat = np.zeros((1, codewords[0].shape[1]), np.float32)
     centroids = codewords[0][:lists] if by_first else flat
     if metric == "inner_product" and (by_first or lists == 1):
