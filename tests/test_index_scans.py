@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 from conftest import MEMBERS, randomize
 
-from rqmoe_hf import RQMoEModel, unpack_codes
-from rqmoe_hf.additive import faiss_widths
+from rqmoe_hf import RQMoEConfig, RQMoEModel, unpack_codes
 from rqmoe_hf.index import RQMoEIndex
 from rqmoe_hf.index.fitting import fit_scanner
-from rqmoe_hf.index.scans import mapping, scan_lists
+from rqmoe_hf.index.scans import empty_index, mapping, scan, scan_lists, scans_bytes, summable
 
-BITS, LISTS, EMPTY = [10, 3, 7, 4], 12, 5
+LISTS, EMPTY = 12, 5
 
 
 @pytest.fixture(scope="module")
@@ -23,47 +22,45 @@ def additive() -> RQMoEModel:
     return randomize(RQMoEModel(MEMBERS["additive"]))
 
 
-@pytest.fixture(scope="module")
-def filled() -> tuple[faiss.Index, list[tuple[np.ndarray, np.ndarray]]]:
-    """A Faiss index of three bytes per code, and what its lists hold: row numbers and unpacked codes."""
-    random, unit = np.random.default_rng(0), faiss.IndexFlatIP(1)
-    inner, nonorm = faiss.METRIC_INNER_PRODUCT, faiss.AdditiveQuantizer.ST_LUT_nonorm
-    index = faiss.IndexIVFResidualQuantizer(unit, 1, LISTS, faiss_widths(BITS), inner, nonorm)
-    index.referenced_objects, index.by_residual = [unit], False
-    faiss.copy_array_to_vector(np.zeros(sum(1 << width for width in BITS), np.float32), index.rq.codebooks)
-    index.rq.is_trained = index.is_trained = True
+@pytest.fixture(scope="module", params=[[10, 3, 7, 4], [8] * 3, [8] * 37], ids=["bits", "bytes", "many bytes"])
+def filled(request) -> tuple[faiss.Index, list[tuple[np.ndarray, np.ndarray]], list[int]]:
+    """A Faiss index, what its lists hold, row numbers and unpacked codes, and the bits of the codes."""
+    random, bits = np.random.default_rng(0), request.param
+    index = empty_index(bits, LISTS, False)
+    assert scans_bytes(index) == (bits[0] == 8)
     rows, held = random.permutation(5000), []
     for number in range(LISTS):
-        size = 0 if number == EMPTY else 20 + 10 * number
-        packed = random.integers(0, 256, (size, 3), dtype=np.uint8)
+        size = 0 if number == EMPTY else 20 + 9 * number  # some are no multiple of what Faiss takes at a time
+        packed = random.integers(0, 256, (size, sum(bits) // 8), dtype=np.uint8)
         mine, rows = np.ascontiguousarray(rows[:size]), rows[size:]
         if size:
             index.invlists.add_entries(number, size, faiss.swig_ptr(mine), faiss.swig_ptr(packed))
             index.ntotal += size
-        held.append((mine, unpack_codes(packed, len(BITS), [1 << width for width in BITS])))
-    return index, held
+        held.append((mine, unpack_codes(packed, len(bits), [1 << width for width in bits])))
+    return index, held, bits
 
 
-def loop(held, look_up, lists):
+def loop(held, bits, look_up, lists):
     """Scores by row, of all that some lists hold."""
-    tables, scores = np.split(look_up, np.cumsum([1 << width for width in BITS])[:-1]), {}
+    tables, scores = np.split(look_up, np.cumsum([1 << width for width in bits])[:-1]), {}
     for number in lists:
         for row, code in zip(*held[number], strict=True):
             scores[int(row)] = sum(float(table[value]) for table, value in zip(tables, code, strict=True))
     return scores
 
 
+@pytest.mark.parametrize("way", [scan, scan_lists])
 @pytest.mark.parametrize("count", [1, 9, 300])  # of the last there are fewer
-def test_lists_are_scanned_as_a_loop_would(filled, count):
-    index, held = filled
+def test_lists_are_scanned_as_a_loop_would(filled, count, way):
+    index, held, bits = filled
     random = np.random.default_rng(1)
-    look_ups = random.integers(-50, 50, (6, sum(1 << width for width in BITS))).astype(np.float32)  # sums are exact
+    look_ups = random.integers(-50, 50, (6, sum(1 << width for width in bits))).astype(np.float32)  # sums are exact
     lists = np.stack([random.permutation(LISTS)[:3] for _ in range(6)])
     lists[0], lists[1, 1], lists[2] = [EMPTY, 1, 2], -1, -1
     scores, rows = np.empty((6, count), np.float32), np.empty((6, count), np.int64)
-    scan_lists(index, look_ups, lists, scores, rows)
+    way(index, look_ups, *([np.zeros((6, 3), np.float32)] if way is scan else []), lists, scores, rows)
     for place in range(6):
-        known = loop(held, look_ups[place], [number for number in lists[place] if number >= 0])
+        known = loop(held, bits, look_ups[place], [number for number in lists[place] if number >= 0])
         expected = sorted(known.values(), reverse=True)[:count]
         there = len(expected)
         np.testing.assert_array_equal(scores[place, :there], expected)
@@ -71,15 +68,50 @@ def test_lists_are_scanned_as_a_loop_would(filled, count):
         assert len(set(rows[place, :there].tolist())) == there and (rows[place, there:] == -1).all()
 
 
+@pytest.mark.parametrize("codes", [1, 17, 64])
+def test_sums_of_rounded_tables_are_exact(codes):
+    """Whatever the order of the sum; and the rounding is as fine as float32 allows."""
+    random = np.random.default_rng(codes)
+    tables = (random.normal(size=(3, codes, 256)) * np.exp(random.normal(size=(3, 1, 1)) * 9)).astype(np.float32)
+    tables[2] = 0
+    rounded = summable(tables.reshape(3, -1).copy()).reshape(tables.shape)
+    largest = np.abs(tables).max(axis=2).sum(axis=1)[:, None, None]
+    assert (np.abs(rounded - tables) <= largest * 1.001 * 2.0**-24).all() and not rounded[2].any()
+    for _ in range(200):
+        chosen = rounded[:, np.arange(codes), random.integers(0, 256, codes)]
+        order = random.permutation(codes)
+        added = np.zeros(3, np.float32)
+        for code in order:
+            added += chosen[:, code]
+        np.testing.assert_array_equal(added, chosen.astype(np.float64).sum(axis=1))
+
+
+def test_equal_codes_have_equal_scores_wherever_they_are(clustered):
+    """In lists of any length, so that the last one is also summed by itself."""
+    config = RQMoEConfig.additive(hidden_size=16, num_codebooks=21, codebook_size=256)
+    quantizer = randomize(RQMoEModel(config))
+    code, queries = quantizer.compress(clustered[:1]), clustered[1:9]
+    scores = []
+    for count in range(1, 40):
+        with RQMoEIndex(quantizer, metric="inner_product", kind="flat") as index:
+            index.add(codes=np.repeat(code, count, axis=0))
+            scanner = index._ranker.refresh(index._database.state())
+            assert scans_bytes(scanner._index)
+            scores.append(scanner.search(queries, count, 1)[0])
+    for some in scores:
+        assert (some == scores[0]).all()
+
+
 def test_thousands_of_scans_leave_faiss_as_it_was(filled):
     """A scanner that Python frees, instead of Faiss, makes SWIG forget what objects are after a few of them."""
-    index, _ = filled
-    look_ups, lists = np.zeros((1, sum(1 << width for width in BITS)), np.float32), np.array([[3]])
+    index, _, bits = filled
+    look_ups, lists = np.zeros((1, sum(1 << width for width in bits)), np.float32), np.array([[3]])
     scores, rows = np.empty((1, 4), np.float32), np.empty((1, 4), np.int64)
     for _ in range(2000):
         scan_lists(index, look_ups, lists, scores, rows)
     gc.collect()
-    assert index.rq.codebooks.size() == look_ups.size and faiss.IndexFlatL2(3).ntotal == 0
+    held = index.pq.centroids if scans_bytes(index) else index.rq.codebooks
+    assert held.size() == look_ups.size and faiss.IndexFlatL2(3).ntotal == 0
 
 
 @pytest.mark.parametrize("metric", ["cosine", "inner_product", "l2"])

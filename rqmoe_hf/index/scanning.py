@@ -8,7 +8,7 @@ therefore the one by cosine; the cosines with a sample of the codes tell where t
 
 Faiss's inverted lists of additive codes compute a query's look-up tables again for every list, which costs more than
 scanning it. Here they are computed once, for many queries in one product, and given to Faiss as the codebooks of a
-quantizer of one dimension, in which every query is 1.
+quantizer in which every query is 1 (see `scans`).
 
 Where the inverted lists are the first codes (see `first_codes`), Faiss adds to the scores of a list what its first
 code adds: the query's inner product with the list's centroid. Which lists are scanned is decided as ever: by distance
@@ -29,14 +29,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.nn import functional as F
 
-from ..additive import faiss_widths
 from ..codes import unpack_codes
 from ..least_squares import starts_of
 from ..saving import write_tensors
 from .approximate import ApproximateDecoder
 from .documents import DamagedRowsError
 from .first_codes import first_codes, joined_codes, other_codes
-from .scans import FEW_THREADS, mapping, scan, scan_soon, workers_for
+from .scans import FEW_THREADS, empty_index, mapping, scan, scan_soon, scans_bytes, summable, workers_for
 from .snapshots import check_arrays, span_of, taken
 
 NORM_LEVELS = 256
@@ -116,19 +115,10 @@ class Scanner:
             lists: Inverted lists.
             with_first: First codes are not told by the list, but stand behind the others.
         """
-        import faiss
-
         behind = [8] * (self.tables.norms is not None) + self._bits[:1] * with_first
         unused = [self._unused] if behind and self._unused else []  # what is behind the codes begins at a whole byte
-        bits = [*self._scanned, *unused, *behind]
-        inner, nonorm = faiss.METRIC_INNER_PRODUCT, faiss.AdditiveQuantizer.ST_LUT_nonorm
-        unit = faiss.IndexFlatIP(1)
-        index: Any = faiss.IndexIVFResidualQuantizer(unit, 1, lists, faiss_widths(bits), inner, nonorm)
-        index.referenced_objects = [unit]
-        index.by_residual = self.tables.by_first_code and not with_first  # scores count from what is given for a list
-        faiss.copy_array_to_vector(np.zeros(sum(1 << width for width in bits), np.float32), index.rq.codebooks)
-        index.rq.is_trained = index.is_trained = True
-        return index
+        by_list = self.tables.by_first_code and not with_first  # scores count from what is given for a list
+        return empty_index([*self._scanned, *unused, *behind], lists, by_list)
 
     def __len__(self) -> int:
         return self._index.ntotal
@@ -293,6 +283,8 @@ class Scanner:
             for start in range(0, len(queries), QUERIES):
                 block = slice(start, start + QUERIES)
                 tables = self._look_ups(queries[block], share, chosen[block], rows is not None)
+                if scans_bytes(index):
+                    summable(tables[0])
                 arrays = *tables, chosen[block], scores[block], found[block]
                 parts = zip(*(np.array_split(array, workers) for array in arrays), strict=True)
                 list(each(scan_part, indexes, *zip(*parts, strict=True)))
