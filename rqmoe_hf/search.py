@@ -43,7 +43,7 @@ def quantize_embeddings(
 
     quantizer = load_quantizer("minilm-384-32-bytes")
     embeddings = np.random.default_rng(0).normal(size=(100, 384)).astype("float32")
-    codes = quantize_embeddings(embeddings, quantizer)  # uint8 (100, 15)
+    codes = quantize_embeddings(embeddings, quantizer)  # uint8 (100, 32)
     hits, seconds = semantic_search(embeddings[:2], codes, quantizer, top_k=3)
     ```
     """

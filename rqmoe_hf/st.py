@@ -54,7 +54,7 @@ class RQMoEQuantizer(Module):
     model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
     model.append(RQMoEQuantizer.from_pretrained("minilm-384-32-bytes"))
     restored = model.encode(["a text", "another"])  # float32 (2, 384), reconstructed from the codes
-    codes = model.encode(["a text", "another"], quantize="codes")  # uint8 (2, 15), packed
+    codes = model.encode(["a text", "another"], quantize="codes")  # uint8 (2, 32), packed
     query = model.encode_query("a question")  # float32 (384,), exact: queries are not compressed
     ```
     """

@@ -11,7 +11,7 @@ from rqmoe_hf.bundled import bundled_quantizers, load_quantizer
 def small_collection(monkeypatch, tmp_path):
     names, texts = demo.collect_documentation()
     wanted = [row for row, name in enumerate(names) if name.split(".")[0] in ("csv", "datetime", "multiprocessing")]
-    rows = wanted + [row for row in range(900) if row not in wanted]
+    rows = wanted + [row for row in range(450) if row not in wanted]
     monkeypatch.setattr(demo, "collect_documentation", lambda: ([names[r] for r in rows], [texts[r] for r in rows]))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
@@ -35,7 +35,7 @@ def test_demo_answers_over_the_codes(small_collection, tmp_path):
 
 
 def test_demo_trains_on_the_spot(small_collection, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "embed_cached", lambda texts, encoder: _clusters(3000))
+    monkeypatch.setattr(demo, "embed_cached", lambda texts, encoder: _clusters(1500))
     result = demo.run_demo(["how do I read a csv file"], None, None, True, tmp_path / "run")
     assert result.report.bytes_per_vector == 8
     assert (tmp_path / "run" / "config.json").exists()

@@ -173,14 +173,11 @@ def test_the_callable_in_map_batches(cluster, source, quantizer, clustered):
     )
 
 
-@pytest.mark.parametrize("damage", ["missing", "width", "cut"])
-def test_bad_rows_are_named_and_leave_nothing(cluster, quantizer, tmp_path, damage):
-    rows: list = np.ones((50, 15 if damage == "width" else 16), np.float32).tolist()
-    if damage != "width":
-        rows[33] = None if damage == "missing" else rows[33][:7]
+def test_bad_rows_are_named_and_leave_nothing(cluster, quantizer, tmp_path):
+    rows: list = np.ones((50, 16), np.float32).tolist()
+    rows[33] = rows[33][:7]
     pq.write_table(pa.table({"embeddings": pa.array(rows, pa.list_(pa.float32()))}), tmp_path / "in.parquet")
-    message = "16" if damage == "width" else "vectors of one length"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="vectors of one length"):
         compress_shards(tmp_path / "in.parquet", tmp_path / "codes", load(quantizer), engine=RayEngine(workers=1))
     assert [file.name for file in tmp_path.iterdir()] == ["in.parquet"]
 
@@ -272,7 +269,7 @@ def test_a_folder_on_the_hub(source, quantizer, expected, tmp_path):
         from rqmoe_hf.cli import app
         for engine in ("local", "ray"):
             app(["compress", "hf://datasets/org/vectors", "-o", engine, "--model", sys.argv[1], "--shard-size", "1000",
-                 "--engine", engine], standalone_mode=False)
+                 "--engine", engine, *(["--workers", "1"] if engine == "ray" else [])], standalone_mode=False)
     """
     with HubServer() as server:
         server.put_folder("org/vectors", source, "dataset")
@@ -296,7 +293,7 @@ def test_a_folder_in_object_storage(cluster, source, quantizer, expected, tmp_pa
         files.select(range(100), ["id"])
         assert server.sent - before < len(server.objects["bucket/some/vectors/0.parquet"]) / 2
         compress_shards(server.url("bucket/some/vectors"), tmp_path / "codes", load(quantizer), shard_size=1_000,
-                        engine=RayEngine(workers=2))  # fmt: skip
+                        engine=RayEngine(workers=1))  # fmt: skip
         assert contents(tmp_path / "codes") == expected
         with pytest.raises(ValueError, match="no file or folder s3://bucket/none"):
             ParquetFiles(server.url("bucket/none"))

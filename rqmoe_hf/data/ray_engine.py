@@ -65,7 +65,7 @@ class RayEngine:
         with started_ray(self.address) as ray:
             workers, gpus = self._pool(ray.cluster_resources(), len(shards))
             blocks = [{"index": index, "start": shard.start, "stop": shard.stop} for index, shard in enumerate(shards)]
-            attempts = ray.remote(num_cpus=0)(Attempts).remote(ATTEMPTS)
+            attempts = ray.remote(num_cpus=0)(attempts_class()).remote(ATTEMPTS)
             made = ray.data.from_items(blocks, override_num_blocks=len(blocks)).map_batches(
                 Worker,
                 fn_constructor_args=[make, attempts, self.cpus_per_worker, "cuda" if gpus else "cpu"],
@@ -101,20 +101,22 @@ class RayEngine:
         return min(self.workers or fitting, blocks), share
 
 
-class Attempts:
-    """Counts how often each block was begun.
+def attempts_class() -> type:
+    """A class that counts how often each block was begun.
 
-    Args:
-        limit: How often it may be.
+    It is made here so that Ray takes it along whole: a process that had to import it from this package would import
+    torch, too.
     """
 
-    def __init__(self, limit: int):
-        self.limit, self.begun = limit, Counter[int]()
+    class Attempts:
+        def __init__(self, limit: int):
+            self.limit, self.begun = limit, Counter[int]()
 
-    def begin(self, index: int) -> bool:
-        """Counts one more; whether it may be begun."""
-        self.begun[index] += 1
-        return self.begun[index] <= self.limit
+        def begin(self, index: int) -> bool:
+            self.begun[index] += 1
+            return self.begun[index] <= self.limit
+
+    return Attempts
 
 
 class Worker:
@@ -122,7 +124,7 @@ class Worker:
 
     Args:
         make: Gives the table of the rows start to stop.
-        attempts: The actor of [`Attempts`].
+        attempts: An actor of [`attempts_class`].
         threads: Of torch and Faiss.
         device: Where the models run that do not say it.
     """

@@ -70,7 +70,7 @@ def push_codes_to_hub(
     quantizer = load_quantizer("minilm-384-32-bytes")
     embeddings = np.random.default_rng(0).normal(size=(100, 384)).astype("float32")
     push_codes_to_hub(quantizer.compress(embeddings), "org/my-texts", quantizer, ids=np.arange(100))
-    codes = load_codes("org/my-texts", quantizer)[:]["codes"]  # uint8 (100, 15)
+    codes = load_codes("org/my-texts", quantizer)[:]["codes"]  # uint8 (100, 32)
     ```
     """
     table, info = _table(codes, ids, quantizer, num_codebooks, quantizer_id)
