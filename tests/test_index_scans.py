@@ -12,7 +12,7 @@ from conftest import MEMBERS, randomize
 from rqmoe_hf import RQMoEConfig, RQMoEModel, unpack_codes
 from rqmoe_hf.index import RQMoEIndex
 from rqmoe_hf.index.fitting import fit_scanner
-from rqmoe_hf.index.scans import empty_index, mapping, scan, scan_lists, scans_bytes, summable
+from rqmoe_hf.index.scans import empty_index, entries_at, mapping, scan, scan_soon, scans_bytes, summable
 
 LISTS, EMPTY = 12, 5
 
@@ -49,7 +49,7 @@ def loop(held, bits, look_up, lists):
     return scores
 
 
-@pytest.mark.parametrize("way", [scan, scan_lists])
+@pytest.mark.parametrize("way", [scan, scan_soon])
 @pytest.mark.parametrize("count", [1, 9, 300])  # of the last there are fewer
 def test_lists_are_scanned_as_a_loop_would(filled, count, way):
     index, held, bits = filled
@@ -57,8 +57,10 @@ def test_lists_are_scanned_as_a_loop_would(filled, count, way):
     look_ups = random.integers(-50, 50, (6, sum(1 << width for width in bits))).astype(np.float32)  # sums are exact
     lists = np.stack([random.permutation(LISTS)[:3] for _ in range(6)])
     lists[0], lists[1, 1], lists[2] = [EMPTY, 1, 2], -1, -1
-    scores, rows = np.empty((6, count), np.float32), np.empty((6, count), np.int64)
-    way(index, look_ups, *([np.zeros((6, 3), np.float32)] if way is scan else []), lists, scores, rows)
+    scores, places = np.empty((6, count), np.float32), np.empty((6, count), np.int64)
+    way(index, look_ups, np.zeros((6, 3), np.float32), lists, scores, places)
+    rows, codes = entries_at(index, places)
+    stored = {int(row): code for ids, held_codes in held for row, code in zip(ids, held_codes, strict=True)}
     for place in range(6):
         known = loop(held, bits, look_ups[place], [number for number in lists[place] if number >= 0])
         expected = sorted(known.values(), reverse=True)[:count]
@@ -66,6 +68,8 @@ def test_lists_are_scanned_as_a_loop_would(filled, count, way):
         np.testing.assert_array_equal(scores[place, :there], expected)
         assert [known[row] for row in rows[place, :there].tolist()] == expected
         assert len(set(rows[place, :there].tolist())) == there and (rows[place, there:] == -1).all()
+        read = unpack_codes(codes[place, :there], len(bits), [1 << width for width in bits])
+        assert read.tolist() == [stored[row].tolist() for row in rows[place, :there].tolist()]
 
 
 @pytest.mark.parametrize("codes", [1, 17, 64])
@@ -106,9 +110,9 @@ def test_thousands_of_scans_leave_faiss_as_it_was(filled):
     """A scanner that Python frees, instead of Faiss, makes SWIG forget what objects are after a few of them."""
     index, _, bits = filled
     look_ups, lists = np.zeros((1, sum(1 << width for width in bits)), np.float32), np.array([[3]])
-    scores, rows = np.empty((1, 4), np.float32), np.empty((1, 4), np.int64)
+    scores, places = np.empty((1, 4), np.float32), np.empty((1, 4), np.int64)
     for _ in range(2000):
-        scan_lists(index, look_ups, lists, scores, rows)
+        scan_soon(index, look_ups, np.zeros((1, 1), np.float32), lists, scores, places)
     gc.collect()
     held = index.pq.centroids if scans_bytes(index) else index.rq.codebooks
     assert held.size() == look_ups.size and faiss.IndexFlatL2(3).ntotal == 0

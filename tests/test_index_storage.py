@@ -261,8 +261,9 @@ def test_hostile_files_are_refused(filled, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_snapshot_of_other_vectors_is_not_believed(filled, tmp_path, clustered):
-    """Its sizes fit, its checksum does, and its rows are not those of the database."""
+@pytest.mark.parametrize("different", ["rows", "codes"])
+def test_a_snapshot_of_other_vectors_is_not_believed(filled, clustered, different):
+    """Its sizes fit, its checksum does, and its rows, or only their codes, are not those of the database."""
     from safetensors import safe_open
     from safetensors.numpy import load_file, save_file
 
@@ -272,7 +273,13 @@ def test_a_snapshot_of_other_vectors_is_not_believed(filled, tmp_path, clustered
     arrays = load_file(scan)
     with safe_open(scan, "numpy") as opened:
         notes = opened.metadata()
-    arrays["lists"] = np.random.default_rng(0).integers(0, 256, arrays["lists"].shape, np.uint8)
+    if different == "rows":
+        arrays["lists"] = np.random.default_rng(0).integers(0, 256, arrays["lists"].shape, np.uint8)
+    else:
+        place, width = 0, arrays["lists"].size // arrays["sizes"].sum()
+        for size in arrays["sizes"].tolist():  # codes, then row numbers of 8 bytes
+            arrays["lists"][place : place + size * (width - 8) : width - 8] ^= 1
+            place += size * width
     save_file(arrays, scan, notes)
     place = IndexFolder(filled)
     files = place.read()["files"] | {scan.name: place.record(scan)}

@@ -266,6 +266,11 @@ class Database:
         """Ids by row number."""
         return dict(self._many("SELECT row, id FROM vectors WHERE row IN ({})", rows))
 
+    def ids_and_codes_of(self, rows: Iterable[int]) -> dict[int, tuple[Id, bytes]]:
+        """Ids and packed codes by row number."""
+        found = self._many("SELECT row, id, code FROM vectors WHERE row IN ({})", rows)
+        return {row: (id, code) for row, id, code in found}
+
     def codes_of(self, rows: Iterable[int]) -> dict[int, bytes]:
         """Packed codes by row number."""
         return dict(self._many("SELECT row, code FROM vectors WHERE row IN ({})", rows))

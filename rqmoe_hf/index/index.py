@@ -174,8 +174,7 @@ class RQMoEIndex(Collection):
         with self._database.reading() as state:
             allowed = self._allowed(filter, ids)
             wanted = shortlist or max(SHORTLIST, 10 * top_k)
-            scores, rows = self._ranker.search(vectors, top_k, wanted, rescore, nprobe, allowed, state)
-            names = self._database.ids_of(np.unique(rows))
+            scores, rows, names = self._ranker.search(vectors, top_k, wanted, rescore, nprobe, allowed, state)
         found = ids_array(in_order(names, rows.flatten().tolist())).reshape(rows.shape)
         return (scores[0], found[0]) if single else (scores, found)
 

@@ -10,9 +10,9 @@ from ..codes import bits_per_code, bytes_per_vector, sizes_of
 from ..data.sampling import sample_rows
 from ..modeling_rqmoe import RQMoEModel
 from .codewords import exact_codewords
-from .documents import DamagedRowsError, Database, State, codes_array
+from .documents import DamagedRowsError, Database, Id, State, codes_array
 from .fitting import fit_scanner, rows_to_fit
-from .rescoring import FOREIGN, Rescorer, normalized
+from .rescoring import FOREIGN, Rescorer, ScannedRows, normalized
 from .scanning import Scanner, Tables
 
 FLAT_UP_TO = 50_000  # codes
@@ -222,8 +222,8 @@ class Ranker(Rescorer):
         nprobe: int | None,
         allowed: np.ndarray | None,
         state: State,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and row numbers `(n, k)`, highest score first; inside of a transaction.
+    ) -> tuple[np.ndarray, np.ndarray, dict[int, Id]]:
+        """Scores and row numbers `(n, k)`, highest score first, and ids by row number; inside of a transaction.
 
         k is `top_k`, or what there is if that is less.
 
@@ -241,31 +241,46 @@ class Ranker(Rescorer):
         if self.metric == "cosine":
             queries = normalized(queries)
         if not plan.count:
-            return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
+            return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64), {}
+        known: Database | ScannedRows = self.database
         if plan.everything:
             rows = self.database.matching(None) if allowed is None else allowed
             candidates = np.broadcast_to(rows, (len(queries), len(rows)))
         else:
             scanner = self.refresh(state)
             plan = plan.widened(self.widening(rescore), total)
-            candidates = self._shortlist(queries, plan, nprobe, allowed, scanner)
-            candidates = self.narrowed(queries, candidates, plan.shortlist, self.database)
-        scores, rows = self.rank(queries, candidates, plan.count, rescore, self.database)
+            candidates, codes = self._shortlist(queries, plan, nprobe, allowed, scanner)
+            if codes is not None:
+                known = ScannedRows(candidates, codes, self.database)
+            candidates = self.narrowed(queries, candidates, plan.shortlist, known)
+        scores, rows = self.rank(queries, candidates, plan.count, rescore, known)
         if (rows < 0).any():
             raise ValueError(f"{self.database.file}: {FOREIGN}")
-        return scores, rows
+        return scores, rows, self._ids(np.unique(rows), known)
+
+    def _ids(self, rows: np.ndarray, known: Database | ScannedRows) -> dict[int, Id]:
+        """Ids by row number; what a scan has read of the rows must be what the database holds."""
+        found = self.database.ids_and_codes_of(rows)
+        foreign = len(found) < len(rows)
+        if isinstance(known, ScannedRows) and not foreign:
+            foreign = [found[row][1] for row in rows.tolist()] != [code.tobytes() for code in known.packed_codes(rows)]
+        if foreign:
+            raise ValueError(f"{self.database.file}: {FOREIGN}")
+        return {row: id for row, (id, _) in found.items()}
 
     def _shortlist(
         self, queries: np.ndarray, plan: Plan, nprobe: int | None, allowed: np.ndarray | None, scanner: Scanner
-    ) -> np.ndarray:
-        """Rows that the tables rank highest, `(n, scanned)`, -1 where there are fewer."""
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Rows that the tables rank highest, `(n, scanned)`, -1 where there are fewer, and their codes if read."""
         asked, probed = self.asked(queries), probed_lists(nprobe, scanner.lists)
-        rows = scanner.search(asked, plan.scanned, probed, allowed)[1]
+        rows, codes = scanner.candidates(asked, plan.scanned, probed, allowed)
         if allowed is None and probed < scanner.lists:
             short = (rows >= 0).sum(axis=1) < plan.count  # the lists scanned hold too few
             if short.any():
-                rows[short] = scanner.search(asked[short], plan.scanned, scanner.lists)[1]
-        return rows
+                rows[short], more = scanner.candidates(asked[short], plan.scanned, scanner.lists)
+                if codes is not None:
+                    codes[short] = more
+        return rows, codes
 
 
 def probed_lists(nprobe: int | None, lists: int) -> int:

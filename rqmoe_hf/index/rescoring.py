@@ -32,6 +32,28 @@ class KnowsRows(Protocol):
         """Bytes of the float16 vectors by row number; rows without are left out."""
 
 
+class ScannedRows:
+    """Rows whose codes a scan has read, so that they need not be looked up.
+
+    Args:
+        rows: Row numbers, int64 `(n, m)`; -1 where there is none.
+        codes: Their packed codes, uint8 `(n, m, bytes)`.
+        known: What the rest is looked up in.
+    """
+
+    def __init__(self, rows: np.ndarray, codes: np.ndarray, known: KnowsRows):
+        self.file, self.floats_of = known.file, known.floats_of
+        self._rows, first = np.unique(rows, return_index=True)
+        self._codes = codes.reshape(rows.size, -1)[first]
+
+    def packed_codes(self, rows: np.ndarray) -> np.ndarray:
+        """Packed codes of some of the rows, uint8 `(n, bytes)`."""
+        return self._codes[np.searchsorted(self._rows, rows)]
+
+
+Known = KnowsRows | ScannedRows
+
+
 class Rescorer:
     """Ranks candidates.
 
@@ -71,14 +93,14 @@ class Rescorer:
         chosen = self.scanner is not None and self.scanner.tables.decoder is not None
         return WIDENING if chosen and rescore != "tables" else 1
 
-    def narrowed(self, queries: np.ndarray, candidates: np.ndarray, count: int, known: KnowsRows) -> np.ndarray:
+    def narrowed(self, queries: np.ndarray, candidates: np.ndarray, count: int, known: Known) -> np.ndarray:
         """The candidates that are worth ranking, `(n, count)`: those that the approximate decoder ranks highest."""
         if candidates.shape[1] <= count or self.scanner is None or self.scanner.tables.decoder is None:
             return candidates
         return self.rank(queries, candidates, count, "approximate", known)[1]
 
     def rank(
-        self, queries: np.ndarray, candidates: np.ndarray, count: int, rescore: str, known: KnowsRows
+        self, queries: np.ndarray, candidates: np.ndarray, count: int, rescore: str, known: Known
     ) -> tuple[np.ndarray, np.ndarray]:
         """The best candidates by what they are restored to; the lower row first among equals.
 
@@ -108,7 +130,7 @@ class Rescorer:
             scores[block], rows[block] = best, kept
         return scores, rows
 
-    def _scores(self, queries: np.ndarray, rows: np.ndarray, rescore: str, known: KnowsRows) -> np.ndarray:
+    def _scores(self, queries: np.ndarray, rows: np.ndarray, rescore: str, known: Known) -> np.ndarray:
         """Scores of candidates `(n, m)`; minus infinity where there is none."""
         wanted, places = np.unique(rows, return_inverse=True)
         places = places.reshape(rows.shape)
@@ -128,12 +150,9 @@ class Rescorer:
         scores[rows < 0] = -np.inf
         return scores
 
-    def _vectors_of(self, rows: np.ndarray, source: str, known: KnowsRows) -> np.ndarray:
+    def _vectors_of(self, rows: np.ndarray, source: str, known: Known) -> np.ndarray:
         """What is known of rows, float32 `(n, hidden_size)`: their floats, reconstructions or sums of tables."""
-        found = known.codes_of(rows)
-        if len(found) < len(rows):
-            raise ValueError(f"{known.file}: {FOREIGN}")
-        codes = codes_array([found[row] for row in rows.tolist()])
+        codes = known.packed_codes(rows) if isinstance(known, ScannedRows) else _looked_up(rows, known)
         by_tables = source == "tables" or not self.quantizer.config.has_experts  # which are exact then, and quicker
         tables = self.scanner
         if tables is None and not self.quantizer.config.has_experts:
@@ -151,6 +170,14 @@ class Rescorer:
                 if row in kept:
                     vectors[place] = floats_array(kept[row], vectors.shape[1])
         return normalized(vectors) if self.normalizes else vectors
+
+
+def _looked_up(rows: np.ndarray, known: KnowsRows) -> np.ndarray:
+    """Packed codes of rows, uint8 `(n, bytes)`."""
+    found = known.codes_of(rows)
+    if len(found) < len(rows):
+        raise ValueError(f"{known.file}: {FOREIGN}")
+    return codes_array([found[row] for row in rows.tolist()])
 
 
 def normalized(vectors: np.ndarray) -> np.ndarray:

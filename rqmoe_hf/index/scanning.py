@@ -35,7 +35,19 @@ from ..saving import write_tensors
 from .approximate import ApproximateDecoder
 from .documents import DamagedRowsError
 from .first_codes import first_codes, joined_codes, other_codes
-from .scans import FEW_THREADS, empty_index, mapping, scan, scan_soon, scans_bytes, summable, workers_for
+from .scans import (
+    FEW_THREADS,
+    empty_index,
+    entries_at,
+    entry_of,
+    mapping,
+    scan,
+    scan_soon,
+    scans_bytes,
+    settle_ties,
+    summable,
+    workers_for,
+)
 from .snapshots import check_arrays, span_of, taken
 
 NORM_LEVELS = 256
@@ -269,6 +281,21 @@ class Scanner:
         Returns:
             Scores `(n, count)`, highest first, and row numbers; -1 where there are no more.
         """
+        scores, index, places = self._scan(queries, count, nprobe, rows, share)
+        return scores, entries_at(index, places)[0]
+
+    def candidates(
+        self, queries: np.ndarray, count: int, nprobe: int, rows: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """The rows of [`search`], and their packed codes, uint8 `(n, count, bytes)`, if the lists tell them."""
+        _, index, places = self._scan(queries, count, nprobe, rows, None)
+        found, codes = entries_at(index, places)
+        return found, None if self.tables.by_first_code else codes[..., : self.code_bytes]
+
+    def _scan(
+        self, queries: np.ndarray, count: int, nprobe: int, rows: np.ndarray | None, share: float | None
+    ) -> tuple[np.ndarray, Any, np.ndarray]:
+        """Scores of [`search`], the index that was scanned, and places in it."""
         index, chosen = self._index, np.zeros((len(queries), 1), np.int64)
         if rows is not None:
             index = self._only(rows)
@@ -288,8 +315,8 @@ class Scanner:
                 arrays = *tables, chosen[block], scores[block], found[block]
                 parts = zip(*(np.array_split(array, workers) for array in arrays), strict=True)
                 list(each(scan_part, indexes, *zip(*parts, strict=True)))
-                _settle_ties(index, *arrays)
-        return scores[:, :count], found[:, :count]
+                settle_ties(index, *arrays)
+        return scores[:, :count], index, found[:, :count]
 
     def _sharing(self, index: Any) -> Any:
         """Another index over the same lists, for look-up tables of its own."""
@@ -360,14 +387,7 @@ class Scanner:
 
     def _list(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Row numbers and codes of one list, views of Faiss's memory."""
-        import faiss
-
-        lists, size = self._index.invlists, self._index.invlists.list_size(number)
-        if not size:
-            return np.empty(0, np.int64), np.empty((0, self._index.code_size), np.uint8)
-        ids = faiss.rev_swig_ptr(lists.get_ids(number), size)
-        codes = faiss.rev_swig_ptr(lists.get_codes(number), size * self._index.code_size)
-        return ids, codes.reshape(size, -1)
+        return entry_of(self._index.invlists, number, self._index.code_size)
 
     # --- snapshots -----------------------------------------------------------------------------------------------
 
@@ -469,22 +489,3 @@ class Scanner:
         lists.this.disown()
         self._index.replace_invlists(lists, True)
         self._mapped = None
-
-
-def _settle_ties(
-    index, look_ups: np.ndarray, added: np.ndarray, lists: np.ndarray, scores: np.ndarray, rows: np.ndarray
-) -> None:
-    """Where the last two scores are equal, keeps the lowest rows of all that have that score.
-
-    Faiss keeps those that its lists happen to hold first, which shards of a collection hold in another order.
-    """
-    for place in np.flatnonzero((scores[:, -1] == scores[:, -2]) & (rows[:, -1] >= 0)):
-        one, width = slice(place, place + 1), scores.shape[1]
-        more, found = scores[one], rows[one]
-        while width < index.ntotal and found[0, -1] >= 0 and more[0, -1] == scores[place, -1]:
-            width = min(4 * width, index.ntotal)
-            more, found = np.empty((1, width), np.float32), np.empty((1, width), np.int64)
-            scan_soon(index, look_ups[one], added[one], lists[one], more, found)
-        order = np.lexsort((found[0], -more[0]))
-        order = order[found[0][order] >= 0][: scores.shape[1]]
-        scores[place], rows[place] = more[0][order], found[0][order]

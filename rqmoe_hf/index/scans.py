@@ -2,6 +2,8 @@
 
 Codes that are bytes are given to Faiss as those of a product quantizer of one dimension per code, in which every query
 is 1: its scan takes a third of the time of the one for additive quantizers, which reads codes of any bits.
+
+A place is what Faiss calls a pair: the number of a list, and in the lower 32 bits which of its entries it is.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -82,32 +84,32 @@ def _opened(index: Any, width: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def scan(
-    index: Any, look_ups: np.ndarray, added: np.ndarray, lists: np.ndarray, scores: np.ndarray, rows: np.ndarray
+    index: Any, look_ups: np.ndarray, added: np.ndarray, lists: np.ndarray, scores: np.ndarray, places: np.ndarray
 ) -> None:
-    """Scans some lists for each query, with what each adds to its scores; fills in scores and rows, best first."""
+    """Scans some lists for each query, with what each adds to its scores; fills in scores and places, best first."""
     import faiss
 
     (codebooks, one), pointer = _opened(index, look_ups.shape[1]), faiss.swig_ptr
     asked, index.nprobe, count = pointer(one), lists.shape[1], scores.shape[1]
     lists = np.ascontiguousarray(lists, np.int64)
-    for look_up, chosen, add, best, found in zip(look_ups, lists, added, scores, rows, strict=True):
+    for look_up, chosen, add, best, found in zip(look_ups, lists, added, scores, places, strict=True):
         codebooks[:] = look_up
         # Without what faiss wraps around it, which takes as long as scanning a short list.
-        index.search_preassigned_c(1, asked, count, *map(pointer, (chosen, add, best, found)), False)
+        index.search_preassigned_c(1, asked, count, *map(pointer, (chosen, add, best, found)), True)
 
 
 def scan_soon(
-    index: Any, look_ups: np.ndarray, added: np.ndarray, lists: np.ndarray, scores: np.ndarray, rows: np.ndarray
+    index: Any, look_ups: np.ndarray, added: np.ndarray, lists: np.ndarray, scores: np.ndarray, places: np.ndarray
 ) -> None:
     """As [`scan`], and sooner done by few threads where Faiss would copy the tables for every list."""
     if index.by_residual or scans_bytes(index):
-        scan(index, look_ups, added, lists, scores, rows)
+        scan(index, look_ups, added, lists, scores, places)
     else:
-        scan_lists(index, look_ups, lists, scores, rows)
+        scan_lists(index, look_ups, lists, scores, places)
 
 
-def scan_lists(index: Any, look_ups: np.ndarray, lists: np.ndarray, scores: np.ndarray, rows: np.ndarray) -> None:
-    """Scans some lists for each query; fills in scores and rows, best first.
+def scan_lists(index: Any, look_ups: np.ndarray, lists: np.ndarray, scores: np.ndarray, places: np.ndarray) -> None:
+    """Scans some lists for each query; fills in scores and places, best first.
 
     Faiss's `search_preassigned` finds the same, to the bit. It copies the look-up tables for every list; this does so
     once for every query.
@@ -117,27 +119,74 @@ def scan_lists(index: Any, look_ups: np.ndarray, lists: np.ndarray, scores: np.n
         look_ups: What every value of every code adds to a score, float32 `(n, values of all codes)`.
         lists: Numbers of the lists to scan, int64 `(n, nprobe)`; negative ones are passed over.
         scores: float32 `(n, k)`, contiguous.
-        rows: int64 `(n, k)`, contiguous; -1 where there are no more.
+        places: int64 `(n, k)`, contiguous; -1 where there are no more.
     """
     import faiss
 
     codebooks, one = _opened(index, look_ups.shape[1])
     best: Any = faiss.float_minheap_array_t()
-    best.nh, best.k, best.val, best.ids = *scores.shape, faiss.swig_ptr(scores), faiss.swig_ptr(rows)
+    best.nh, best.k, best.val, best.ids = *scores.shape, faiss.swig_ptr(scores), faiss.swig_ptr(places)
     best.heapify()
-    scanner, inside = index.get_InvertedListScanner(False, None, None), index.invlists
+    scanner, inside = index.get_InvertedListScanner(True, None, None), index.invlists
     try:
-        for place, look_up in enumerate(look_ups):
+        for query, look_up in enumerate(look_ups):
             codebooks[:] = look_up
             scanner.set_query(faiss.swig_ptr(one))
             scanner.set_list(0, 0.0)  # copies the tables; which list it is does not matter
-            kept = best.get_val(place), best.get_ids(place), best.k
-            for number in lists[place].tolist():
+            kept = best.get_val(query), best.get_ids(query), best.k
+            for number in lists[query].tolist():
                 if number >= 0 and (size := inside.list_size(number)):
+                    scanner.list_no = number
                     scanner.scan_codes(size, inside.get_codes(number), inside.get_ids(number), *kept)
     finally:  # Python does not free it; an object of Python that owns it would spoil what SWIG knows of its classes
         type(scanner).__swig_destroy__(scanner)
     best.reorder()
+
+
+def entry_of(lists: Any, number: int, code_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers and codes of one list, views of Faiss's memory."""
+    import faiss
+
+    size = lists.list_size(number)
+    if not size:
+        return np.empty(0, np.int64), np.empty((0, code_size), np.uint8)
+    codes = faiss.rev_swig_ptr(lists.get_codes(number), size * code_size)
+    return faiss.rev_swig_ptr(lists.get_ids(number), size), codes.reshape(size, code_size)
+
+
+def entries_at(index: Any, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What is at places, of any shape `s`: row numbers, int64 `s`, and codes, uint8 `(*s, code size)`.
+
+    Where there is no place, -1, the row is -1 and the code 0.
+    """
+    numbers, inside = (places >> 32).reshape(-1), (places & 0xFFFFFFFF).reshape(-1)
+    rows, codes = np.full(places.size, -1, np.int64), np.zeros((places.size, index.code_size), np.uint8)
+    order = np.argsort(numbers, kind="stable")
+    order = order[np.searchsorted(numbers[order], 0) :]
+    starts = np.flatnonzero(np.diff(numbers[order], prepend=-1))
+    for mine in np.split(order, starts[1:]) if len(order) else ():
+        ids, held = entry_of(index.invlists, int(numbers[mine[0]]), index.code_size)
+        rows[mine], codes[mine] = ids[inside[mine]], held[inside[mine]]
+    return rows.reshape(places.shape), codes.reshape(*places.shape, -1)
+
+
+def settle_ties(
+    index: Any, look_ups: np.ndarray, added: np.ndarray, lists: np.ndarray, scores: np.ndarray, places: np.ndarray
+) -> None:
+    """Where the last two scores are equal, keeps the lowest rows of all that have that score.
+
+    Faiss keeps those that its lists happen to hold first, which shards of a collection hold in another order.
+    """
+    for query in np.flatnonzero((scores[:, -1] == scores[:, -2]) & (places[:, -1] >= 0)):
+        one, width = slice(query, query + 1), scores.shape[1]
+        more, found = scores[one], places[one]
+        while width < index.ntotal and found[0, -1] >= 0 and more[0, -1] == scores[query, -1]:
+            width = min(4 * width, index.ntotal)
+            more, found = np.empty((1, width), np.float32), np.empty((1, width), np.int64)
+            scan_soon(index, look_ups[one], added[one], lists[one], more, found)
+        order = np.lexsort((entries_at(index, found[0])[0], -more[0]))
+        order = order[found[0][order] >= 0][: scores.shape[1]]
+        scores[query], places[query] = more[0][order], found[0][order]
 
 
 def workers_for(queries: int) -> int:
