@@ -194,7 +194,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             model, rate = train(config, vectors, epochs, Path(folder), arguments.device)
         row = measure(model, torch.from_numpy(held_out).to(arguments.device), rate)
-        row |= {"training_vectors": len(vectors), "epochs": epochs, "ratios": summarize(row)}
+        row |= {"training_vectors": len(vectors), "epochs": epochs, "date": results["environment"]["date"]}
+        row["ratios"] = summarize(row)
         results.setdefault("settings", {})[name] = row
         results["over_qinco"] = compare_with_qinco(results["settings"])
         print(name, row["ratios"], flush=True)
