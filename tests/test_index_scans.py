@@ -12,6 +12,7 @@ from conftest import MEMBERS, randomize
 from rqmoe_hf import RQMoEConfig, RQMoEModel, unpack_codes
 from rqmoe_hf.index import RQMoEIndex
 from rqmoe_hf.index.fitting import fit_scanner
+from rqmoe_hf.index.ranking import Ranker
 from rqmoe_hf.index.scans import empty_index, entries_at, mapping, scan, scan_soon, scans_bytes, summable
 
 LISTS, EMPTY = 12, 5
@@ -144,6 +145,22 @@ def test_one_thread_is_this_one(threads):
         found = list(each(lambda left, right: (left + right, threading.current_thread()), range(9), range(9)))
     assert [total for total, _ in found] == list(range(0, 18, 2))
     assert (threads == 1) == (found[0][1] is threading.current_thread())
+
+
+@pytest.mark.parametrize("settings", [{"shortlist": 40}, {"shortlist": 40, "filter": {"n": {"$gte": 700}}},
+                                      {"shortlist": 3000}])  # fmt: skip
+def test_many_queries_are_ranked_a_few_at_a_time(additive, clustered, monkeypatch, settings):
+    with RQMoEIndex(additive, kind="ivf", num_lists=LISTS) as index:
+        index.add(clustered[:3000], metadata=[{"n": number} for number in range(3000)])
+        expected = index.search(clustered[3000:3050], 7, nprobe=LISTS, **settings)
+        sizes, ranked = [], Ranker._ranked
+        monkeypatch.setattr("rqmoe_hf.index.ranking.CANDIDATES", 300)
+        monkeypatch.setattr(Ranker, "_ranked", lambda self, queries, *rest: (
+            sizes.append(len(queries)), ranked(self, queries, *rest))[1])  # fmt: skip
+        found = index.search(clustered[3000:3050], 7, nprobe=LISTS, **settings)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert max(sizes) == max(1, 300 // settings["shortlist"]) and sum(sizes) == 50
 
 
 def test_numbers_that_were_checked_once_are_read_again(additive, clustered, tmp_path):

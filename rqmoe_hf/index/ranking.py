@@ -20,6 +20,7 @@ GROWTH = 4  # tables and lists are made anew when the collection has grown so mu
 DECODE_UP_TO = 1_024  # rows that a filter leaves: scanning them would not pay
 SHORTLIST = 100
 LEAST_LISTS = 32
+CANDIDATES = 1 << 20  # of some queries, whose rows and codes are in memory at a time
 
 
 @dataclass
@@ -242,14 +243,29 @@ class Ranker(Rescorer):
             queries = normalized(queries)
         if not plan.count:
             return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64), {}
-        known: Database | ScannedRows = self.database
         if plan.everything:
-            rows = self.database.matching(None) if allowed is None else allowed
-            candidates = np.broadcast_to(rows, (len(queries), len(rows)))
+            allowed = self.database.matching(None) if allowed is None else allowed
         else:
-            scanner = self.refresh(state)
+            self.refresh(state)
             plan = plan.widened(self.widening(rescore), total)
-            candidates, codes = self._shortlist(queries, plan, nprobe, allowed, scanner)
+        height = max(1, CANDIDATES // max(plan.scanned, 1))
+        parts = [
+            self._ranked(queries[start : start + height], plan, rescore, nprobe, allowed)
+            for start in range(0, len(queries), height)
+        ]
+        scores, rows = (np.concatenate(arrays) for arrays in zip(*(part[:2] for part in parts), strict=True))
+        return scores, rows, {row: id for part in parts for row, id in part[2].items()}
+
+    def _ranked(
+        self, queries: np.ndarray, plan: Plan, rescore: str, nprobe: int | None, allowed: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray, dict[int, Id]]:
+        """What [`search`] returns, of a few queries."""
+        known: Database | ScannedRows = self.database
+        if plan.everything and allowed is not None:
+            candidates = np.broadcast_to(allowed, (len(queries), len(allowed)))
+        else:
+            assert self.scanner is not None  # up to date
+            candidates, codes = self._shortlist(queries, plan, nprobe, allowed, self.scanner)
             if codes is not None:
                 known = ScannedRows(candidates, codes, self.database)
             candidates = self.narrowed(queries, candidates, plan.shortlist, known)
