@@ -173,11 +173,14 @@ def test_the_callable_in_map_batches(cluster, source, quantizer, clustered):
     )
 
 
-def test_bad_rows_are_named_and_leave_nothing(cluster, quantizer, tmp_path):
-    rows: list = np.ones((50, 16), np.float32).tolist()
-    rows[33] = rows[33][:7]
+@pytest.mark.parametrize("damage", ["missing", "width", "cut"])
+def test_bad_rows_are_named_and_leave_nothing(cluster, quantizer, tmp_path, damage):
+    rows: list = np.ones((50, 15 if damage == "width" else 16), np.float32).tolist()
+    if damage != "width":
+        rows[33] = None if damage == "missing" else rows[33][:7]
     pq.write_table(pa.table({"embeddings": pa.array(rows, pa.list_(pa.float32()))}), tmp_path / "in.parquet")
-    with pytest.raises(ValueError, match="vectors of one length"):
+    message = "16" if damage == "width" else "vectors of one length"
+    with pytest.raises(ValueError, match=message):
         compress_shards(tmp_path / "in.parquet", tmp_path / "codes", load(quantizer), engine=RayEngine(workers=1))
     assert [file.name for file in tmp_path.iterdir()] == ["in.parquet"]
 
@@ -293,7 +296,7 @@ def test_a_folder_in_object_storage(cluster, source, quantizer, expected, tmp_pa
         files.select(range(100), ["id"])
         assert server.sent - before < len(server.objects["bucket/some/vectors/0.parquet"]) / 2
         compress_shards(server.url("bucket/some/vectors"), tmp_path / "codes", load(quantizer), shard_size=1_000,
-                        engine=RayEngine(workers=1))  # fmt: skip
+                        engine=RayEngine(workers=2))  # fmt: skip
         assert contents(tmp_path / "codes") == expected
         with pytest.raises(ValueError, match="no file or folder s3://bucket/none"):
             ParquetFiles(server.url("bucket/none"))

@@ -203,7 +203,8 @@ class Shard:
                 scores, rows = scanner.search(question.queries, count, question.nprobe, allowed, question.share)
             known = np.unique(rows)
             known = known[known >= 0]
-            names, codes = self._database.ids_of(known), self._database.codes_of(known)
+            entries = self._database.ids_and_codes_of(known)
+            names, codes = [entries[row][0] for row in known.tolist()], [entries[row][1] for row in known.tolist()]
             floats = self._database.floats_of(known) if question.floats else {}
-            packed = codes_array([codes[row] for row in known.tolist()]) if len(known) else np.empty((0, 0), np.uint8)
-            return Candidates(scores, rows, known, [names[row] for row in known.tolist()], packed, floats)
+            packed = codes_array(codes) if codes else np.empty((0, 0), np.uint8)
+            return Candidates(scores, rows, known, names, packed, floats)
