@@ -8,12 +8,23 @@ import faiss
 import numpy as np
 import pytest
 from conftest import MEMBERS, randomize
+from threadpoolctl import ThreadpoolController, threadpool_limits
 
 from rqmoe_hf import RQMoEConfig, RQMoEModel, unpack_codes
 from rqmoe_hf.index import RQMoEIndex
 from rqmoe_hf.index.fitting import fit_scanner
+from rqmoe_hf.index.mapped import MappedLists
 from rqmoe_hf.index.ranking import Ranker
-from rqmoe_hf.index.scans import empty_index, entries_at, mapping, scan, scan_soon, scans_bytes, summable
+from rqmoe_hf.index.scans import (
+    empty_index,
+    entries_at,
+    mapping,
+    scan,
+    scan_soon,
+    scans_bytes,
+    single_threaded_products,
+    summable,
+)
 
 LISTS, EMPTY = 12, 5
 
@@ -71,6 +82,66 @@ def test_lists_are_scanned_as_a_loop_would(filled, count, way):
         assert len(set(rows[place, :there].tolist())) == there and (rows[place, there:] == -1).all()
         read = unpack_codes(codes[place, :there], len(bits), [1 << width for width in bits])
         assert read.tolist() == [stored[row].tolist() for row in rows[place, :there].tolist()]
+
+
+def test_mapped_lists_hold_what_was_written(tmp_path):
+    """Read by Faiss, all at once, and copied; between other bytes of the file."""
+    random, sizes, width = np.random.default_rng(0), np.array([0, 3, 0, 1, 250, 0]), 7
+    codes = [random.integers(0, 256, (size, width), np.uint8) for size in sizes]
+    rows = [random.integers(0, 1 << 62, size) for size in sizes]
+    written = b"".join(part.tobytes() for pair in zip(codes, rows, strict=True) for part in pair)
+    (tmp_path / "lists").write_bytes(b"before" + written + b"behind")
+    mapped = MappedLists(tmp_path / "lists", 6, 6 + len(written), sizes, width)
+    held = {(number << 32) + place: (codes[number][place], rows[number][place])
+            for number, size in enumerate(sizes) for place in range(size)}  # fmt: skip
+    places = random.permutation([*held, -1, -1]).reshape(2, -1)
+    found_rows, found_codes = mapped.entries_at(places)
+    for place, row, code in zip(places.flat, found_rows.flat, found_codes.reshape(-1, width), strict=True):
+        expected_code, expected_row = held.get(place, (np.zeros(width), -1))
+        assert row == expected_row and (code == expected_code).all()
+    for lists in (mapped.lists, mapped.copied()):
+        for number, size in enumerate(sizes.tolist()):
+            assert lists.list_size(number) == size
+            if size:
+                read = faiss.rev_swig_ptr(lists.get_codes(number), size * width).reshape(size, width)
+                np.testing.assert_array_equal(read, codes[number])
+                np.testing.assert_array_equal(faiss.rev_swig_ptr(lists.get_ids(number), size), rows[number])
+
+
+def test_mapped_lists_that_are_empty_or_do_not_fit(tmp_path):
+    (tmp_path / "lists").write_bytes(b"x" * 100)
+    nothing = MappedLists(tmp_path / "lists", 9, 9, np.zeros(3, np.int64), 4)
+    rows, codes = nothing.entries_at(np.full((2, 5), -1))
+    assert (rows == -1).all() and codes.shape == (2, 5, 4) and nothing.copied().compute_ntotal() == 0
+    for sizes in ([3], [-1, 6], [(1 << 62) + 5, 0], [1 << 63 - 4] * 8):
+        with pytest.raises(ValueError, match="other sizes"):
+            MappedLists(tmp_path / "lists", 0, 60, np.array(sizes, np.int64), 4)
+    assert len(MappedLists(tmp_path / "lists", 0, 60, np.array([5]), 4).entries_at(np.arange(5))[0]) == 5
+
+
+def test_products_take_one_thread_while_anybody_scans():
+    """And get all of them back when the last has left, in whatever order they leave."""
+    numpys = ThreadpoolController().select(threading_layer="pthreads")  # as numpy's
+    threads = lambda: {library["num_threads"] for library in numpys.info()}  # noqa: E731
+    entered, left = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with mapping(2):
+            entered.set()
+            left.wait(60)
+
+    with threadpool_limits(2, user_api="blas"):
+        assert threads() == {2}
+        with single_threaded_products():
+            thread = threading.Thread(target=other)
+            thread.start()
+            assert entered.wait(60) and threads() == {1}
+        left.set()
+        thread.join()
+        assert threads() == {2}
+        with mapping(3):
+            assert threads() == {1}
+        assert threads() == {2}
 
 
 @pytest.mark.parametrize("codes", [1, 17, 64])

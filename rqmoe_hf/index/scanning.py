@@ -18,7 +18,7 @@ for "l2", by cosine for "cosine".
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
@@ -35,8 +35,8 @@ from ..saving import write_tensors
 from .approximate import ApproximateDecoder
 from .documents import DamagedRowsError
 from .first_codes import first_codes, joined_codes, other_codes
+from .mapped import MappedLists
 from .scans import (
-    FEW_THREADS,
     empty_index,
     entries_at,
     entry_of,
@@ -54,7 +54,8 @@ NORM_LEVELS = 256
 SPOOLED_BYTES = 1 << 20  # of list numbers that stay in memory
 GATHERED_ROWS = 1 << 18  # that are in memory beside the lists while they are added
 MARKS = 1 << 30  # row numbers up to which a table tells which rows are wanted
-QUERIES = 256  # whose look-up tables are computed at a time
+QUERIES = 256  # whose look-up tables are in memory at a time
+LEAST_QUERIES = 16  # that are worth a product of their own
 DECODER = "decoder."  # begins the names of its arrays in a snapshot
 
 
@@ -118,7 +119,7 @@ class Scanner:
         )
         self._coarse.add(np.ascontiguousarray(centroids))
         self._index = self._made(len(centroids))
-        self._mapped: Any = None  # lists in a memory map
+        self._mapped: MappedLists | None = None
 
     def _made(self, lists: int, with_first: bool = False) -> Any:
         """An empty Faiss index whose look-up tables are its codebooks.
@@ -282,15 +283,21 @@ class Scanner:
             Scores `(n, count)`, highest first, and row numbers; -1 where there are no more.
         """
         scores, index, places = self._scan(queries, count, nprobe, rows, share)
-        return scores, entries_at(index, places)[0]
+        return scores, self._entries_at(index, places)[0]
 
     def candidates(
         self, queries: np.ndarray, count: int, nprobe: int, rows: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """The rows of [`search`], and their packed codes, uint8 `(n, count, bytes)`, if the lists tell them."""
         _, index, places = self._scan(queries, count, nprobe, rows, None)
-        found, codes = entries_at(index, places)
+        found, codes = self._entries_at(index, places)
         return found, None if self.tables.by_first_code else codes[..., : self.code_bytes]
+
+    def _entries_at(self, index: Any, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Row numbers and codes at places in this scanner's index or in one of [`_only`] some rows."""
+        if index is self._index and self._mapped is not None:
+            return self._mapped.entries_at(places)
+        return entries_at(index, places)
 
     def _scan(
         self, queries: np.ndarray, count: int, nprobe: int, rows: np.ndarray | None, share: float | None
@@ -306,17 +313,32 @@ class Scanner:
         found = np.empty((len(queries), count + 1), np.int64)
         with mapping(workers := workers_for(len(queries))) as each:
             indexes = [index, *(self._sharing(index) for _ in range(1, workers))]
-            scan_part = scan_soon if workers <= FEW_THREADS else scan
-            for start in range(0, len(queries), QUERIES):
-                block = slice(start, start + QUERIES)
-                tables = self._look_ups(queries[block], share, chosen[block], rows is not None)
-                if scans_bytes(index):
-                    summable(tables[0])
-                arrays = *tables, chosen[block], scores[block], found[block]
-                parts = zip(*(np.array_split(array, workers) for array in arrays), strict=True)
-                list(each(scan_part, indexes, *zip(*parts, strict=True)))
-                settle_ties(index, *arrays)
+            parts = zip(*(np.array_split(array, workers) for array in (queries, chosen, scores, found)), strict=True)
+            work = partial(self._scan_part, share=share, only=rows is not None, workers=workers)
+            list(each(work, indexes, *zip(*parts, strict=True)))
         return scores[:, :count], index, found[:, :count]
+
+    def _scan_part(
+        self,
+        index: Any,
+        queries: np.ndarray,
+        chosen: np.ndarray,
+        scores: np.ndarray,
+        found: np.ndarray,
+        share: float,
+        only: bool,
+        workers: int,
+    ) -> None:
+        """One thread's part of [`_scan`], a few queries at a time; fills in scores and places."""
+        height = max(QUERIES // workers, LEAST_QUERIES)
+        for start in range(0, len(queries), height):
+            block = slice(start, start + height)
+            tables = self._look_ups(queries[block], share, chosen[block], only)
+            if scans_bytes(index):
+                summable(tables[0])
+            arrays = *tables, chosen[block], scores[block], found[block]
+            (scan_soon if workers == 1 else scan)(index, *arrays)
+            settle_ties(index, *arrays)
 
     def _sharing(self, index: Any) -> Any:
         """Another index over the same lists, for look-up tables of its own."""
@@ -455,37 +477,18 @@ class Scanner:
         return scanner, notes
 
     def _map(self, file: Path, sizes: np.ndarray) -> None:
-        """Lets Faiss read the lists from the file, where they lie one after the other: codes, then row numbers."""
-        import faiss
-
-        place, stop = span_of(file, "lists")
-        width = self._index.code_size + 8
-        # As Python's integers, since those of numpy could be made to overflow to the right sum.
-        if len(sizes) != self.lists or (sizes < 0).any() or sum(sizes.tolist()) * width != stop - place:
-            raise ValueError("its lists have other sizes than they should")
-        mapped: Any = faiss.OnDiskInvertedLists()
-        mapped.nlist, mapped.code_size, mapped.filename = self.lists, self._index.code_size, str(file)
-        mapped.read_only, mapped.totsize, mapped.prefetch_nthread = True, file.stat().st_size, 0
-        for size in sizes.tolist():
-            one = faiss.OnDiskOneList()
-            one.size, one.capacity, one.offset = size, size, place
-            mapped.lists.push_back(one)
-            place += size * width
-        mapped.do_mmap()
-        self._index.replace_invlists(mapped, False)
-        self._mapped, self._index.ntotal = mapped, int(sizes.sum())
+        """Lets Faiss read the lists from the file."""
+        if len(sizes) != self.lists:
+            raise ValueError(f"it has {len(sizes)} lists, not {self.lists}")
+        self._mapped = MappedLists(file, *span_of(file, "lists"), sizes, self._index.code_size)
+        self._index.replace_invlists(self._mapped.lists, False)
+        self._index.ntotal = int(sizes.sum())
 
     def _own(self) -> None:
         """Copies lists out of a memory map, before they are changed."""
-        import faiss
-
         if self._mapped is None:
             return
-        lists: Any = faiss.ArrayInvertedLists(self.lists, self._index.code_size)
-        for number in range(self.lists):
-            size = self._mapped.list_size(number)
-            if size:
-                lists.add_entries(number, size, self._mapped.get_ids(number), self._mapped.get_codes(number))
+        lists = self._mapped.copied()
         lists.this.disown()
         self._index.replace_invlists(lists, True)
         self._mapped = None

@@ -1,4 +1,4 @@
-"""Scans by Faiss; also by a few threads, where what surrounds a scan takes longer than the scan itself.
+"""Scans by Faiss; also by one thread, where what surrounds a scan takes longer than the scan itself.
 
 Codes that are bytes are given to Faiss as those of a product quantizer of one dimension per code, in which every query
 is 1: its scan takes a third of the time of the one for additive quantizers, which reads codes of any bits.
@@ -6,18 +6,46 @@ is 1: its scan takes a third of the time of the one for additive quantizers, whi
 A place is what Faiss calls a pair: the number of a list, and in the lower 32 bits which of its entries it is.
 """
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 from ..additive import faiss_widths
 
-FEW_THREADS = 4  # more would wait for each other, since Python goes through the lists
 ROOM = 1.001  # for what rounding adds to a sum
 LEAST_SUM = 1e-30  # smaller ones are rounded like this one, since their step would be no normal number
+
+
+_LIMITED = threading.Lock()
+
+
+@cache
+def _libraries() -> ThreadpoolController:
+    """Those that are loaded; looking for them takes milliseconds."""
+    return ThreadpoolController()
+
+
+@contextmanager
+def single_threaded_products() -> Iterator[None]:
+    """Matrix products take one thread each meanwhile, unless another thread that is in here leaves before.
+
+    OpenBLAS's own threads stay busy for a while after a product, and would take the cores from those that scan. Their
+    number is one for the whole process: who sets it while another does would later put back what the other has set.
+    """
+    if not _LIMITED.acquire(blocking=False):
+        yield
+        return
+    try:
+        with _libraries().limit(limits=1, user_api="blas"):
+            yield
+    finally:
+        _LIMITED.release()
 
 
 @contextmanager
@@ -26,7 +54,7 @@ def mapping(threads: int) -> Iterator[Callable[..., Iterable]]:
     if threads == 1:
         yield map
         return
-    with ThreadPoolExecutor(threads) as pool:
+    with single_threaded_products(), ThreadPoolExecutor(threads) as pool:
         yield pool.map
 
 
@@ -101,7 +129,7 @@ def scan(
 def scan_soon(
     index: Any, look_ups: np.ndarray, added: np.ndarray, lists: np.ndarray, scores: np.ndarray, places: np.ndarray
 ) -> None:
-    """As [`scan`], and sooner done by few threads where Faiss would copy the tables for every list."""
+    """As [`scan`], sooner done where Faiss would copy tables for every list; several threads wait for each other."""
     if index.by_residual or scans_bytes(index):
         scan(index, look_ups, added, lists, scores, places)
     else:
