@@ -52,6 +52,7 @@ class LanceSearcher:
             "stored_bytes": self.size,
             "refinement_bytes": 4 * data.train.shape[1] if self.refined else 0,
             "trained_on": "a sample of the database",
+            "lancedb": lancedb.__version__,
             "train_seconds": 0.0,
             "add_seconds": round(time.perf_counter() - start, 2),
             "index_seconds": round(time.perf_counter() - written, 2),
