@@ -40,7 +40,7 @@ test: .venv/installed
 	  --constraint constraints-minimum.txt --editable ".[demo,serve,plot,tensorboard]" pytest
 	@touch $@
 
-MINIMUM = modeling codes family golden engine initialization search index index_storage data fit training \
+MINIMUM = modeling codes family golden engine initialization search index index_scans index_storage data fit training \
   sentence_transformers cli serve
 test-minimum: .venv-minimum/installed
 	OMP_NUM_THREADS=1 .venv-minimum/bin/python -m pytest $(MINIMUM:%=tests/test_%.py)
