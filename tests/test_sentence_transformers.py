@@ -206,7 +206,7 @@ def trained(encoder: str, texts: list[str], folder, aware: bool) -> tuple[Senten
     columns = {"anchor": texts, "positive": texts[::-1]} if aware else {"text": texts}
     args = SentenceTransformerTrainingArguments(
         output_dir=str(folder), max_steps=5 if aware else 30, per_device_train_batch_size=8 if aware else 16,
-        learning_rate=1e-4 if aware else 3e-3, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
+        learning_rate=1e-4 if aware else 3e-2, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
     SentenceTransformerTrainer(model, args=args, train_dataset=Dataset.from_dict(columns), loss=loss).train()
     return model.eval(), module
@@ -225,7 +225,7 @@ def test_training_moves_the_quantizer_and_not_a_frozen_encoder(encoder, plain, t
     def error(quantizer: RQMoEModel) -> float:
         return float(np.square(quantizer.decompress(quantizer.compress(before)) - before).sum(axis=1).mean())
 
-    assert error(model[-1].model) < 0.99 * error(start)
+    assert error(model[-1].model) < 0.97 * error(start)
 
 
 def test_quantization_aware_training_reaches_the_encoder(encoder, plain, tmp_path, passages):
