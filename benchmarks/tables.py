@@ -17,6 +17,7 @@ from rivals.tables import (
     cells,
     curve,
     everything,
+    floor,
     quality,
     quality_fashion,
     quality_mpnet,
@@ -303,6 +304,7 @@ TABLES = {
     table.__name__: table
     for table in (
         summary,
+        floor,
         quality,
         quality_mpnet,
         quality_wordllama,

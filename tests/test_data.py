@@ -14,9 +14,19 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, load_dataset
 from faiss.contrib.vecs_io import fvecs_write
+from tqdm.auto import tqdm
 
 from rqmoe_hf import RQMoEModel
-from rqmoe_hf.data import as_array, codes_info, compress_shards, decompress_shards, embed_texts, load_embeddings
+from rqmoe_hf.data import (
+    as_array,
+    codes_info,
+    compress_shards,
+    decompress_shards,
+    embed_texts,
+    jobs,
+    load_embeddings,
+    shards,
+)
 
 
 @pytest.mark.parametrize("suffix", ["npy", "fvecs", "parquet", "arrow", "folder", "saved", "array", "column"])
@@ -104,6 +114,41 @@ def test_codes_in_parquet(clustered, quantizer, tmp_path):
     table = pq.read_table(restored[0])
     assert table["id"].to_pylist() == ids
     assert np.array_equal(as_array(load_embeddings(tmp_path / "restored")), model.decompress(codes))
+
+
+@pytest.fixture
+def steps(monkeypatch) -> list[int]:
+    """How many rows the progress bars of jobs went on by, each time."""
+    seen: list[int] = []
+
+    class Bar(tqdm):
+        def update(self, n=1):
+            seen.append(n)
+            return super().update(n)
+
+    monkeypatch.setattr(shards, "tqdm", Bar)
+    return seen
+
+
+def test_progress_shows_within_a_shard(clustered, quantizer, tmp_path, steps):
+    many = np.tile(clustered, (3, 1))
+    np.save(tmp_path / "in.npy", many)
+    model = RQMoEModel.from_pretrained(quantizer).eval()
+    (file,) = compress_shards(tmp_path / "in.npy", tmp_path / "codes", model)
+    assert [step for step in steps if step] == [8_192, 8_192, 1_616]
+    codes = pq.read_table(file)["codes"].combine_chunks()
+    assert np.array_equal(codes.flatten().to_numpy().reshape(len(many), -1), model.compress(many))
+
+
+def test_texts_are_embedded_piece_by_piece(encoder, tmp_path, steps, monkeypatch):
+    monkeypatch.setattr(jobs, "TEXTS_AT_A_TIME", 5)
+    texts = [f"This is text {row}, " + "which is longer than others. " * (row % 4) for row in range(12)]
+    embed_texts(Dataset.from_dict({"text": texts}), tmp_path / "out", encoder)
+    assert [step for step in steps if step] == [5, 5, 2]
+    from sentence_transformers import SentenceTransformer
+
+    embeddings = as_array(load_embeddings(tmp_path / "out"))
+    np.testing.assert_allclose(embeddings, SentenceTransformer(encoder).encode(texts), atol=1e-5)
 
 
 def test_codes_of_another_quantizer_are_refused(clustered, quantizer, tmp_path):

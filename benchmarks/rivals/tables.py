@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import environment
+from sets import SETS
 
 FLOAT_BYTES = 4 * 384
 COMPARED = 100_000  # training vectors of what is trained in the benchmark, or all that a smaller set has
@@ -134,6 +135,48 @@ def shown_table(name: str) -> str:
 def everything(name: str) -> Callable[[], str]:
     """A function that makes the table of all methods on a set."""
     return lambda: quality_table(cells(name), everything=True)
+def best_recall(cell: dict) -> float:
+    """recall@10 ranked in the way that suits a method best: as it is, at norm 1, or by its authors' estimator."""
+    return max(cell.get(f"recall_10_at_10{way}", 0.0) for way in ("", "_renormalised", "_own_search"))
+
+
+def sides(name: str) -> dict[int, tuple[list[dict], list[dict]]]:
+    """For each number of bytes the rivals, and what of ours was trained on as many vectors as one of them."""
+    found: dict[int, tuple[list[dict], list[dict]]] = {}
+    for cell in cells(name):
+        if not cell["method"].startswith("ours:"):
+            found.setdefault(cell["bytes"], ([], []))[cell["method"].startswith("ours, ")].append(cell)
+    counts = {size: {cell["training_vectors"] for cell in rivals} for size, (rivals, _) in found.items()}
+    return {
+        size: (rivals, [cell for cell in ours if cell["training_vectors"] in counts[size]])
+        for size, (rivals, ours) in found.items()
+    }
+
+
+def _member(cell: dict) -> str:
+    """The name of a method where its column says whose it is."""
+    return cell["method"].removeprefix("ours, ")
+
+
+def floor() -> str:
+    """The least error and the highest recall of rivals and of ours, at every rate of every set."""
+    lines = [
+        "| set | bytes | best rival | MSE | ours | MSE | less error | best rival | recall@10 | ours | recall@10 |",
+        "| --- | ---: | --- | ---: | --- | ---: | ---: | --- | ---: | --- | ---: |",
+    ]
+    for name in SETS:
+        for size, (rivals, ours) in sides(name).items():
+            if not rivals or not ours:
+                continue
+            rival, own = (min(cells, key=lambda cell: cell["mse"]) for cells in (rivals, ours))
+            parts = [name, str(size), _member(rival), error_of(rival), _member(own), error_of(own)]
+            parts.append(f"{100 * (1 - own['mse'] / rival['mse']):.0f} %")
+            for best in (max(rivals, key=best_recall), max(ours, key=best_recall)):
+                parts += [_member(best), f"{best_recall(best):.3f}"]
+            lines.append(f"| {' | '.join(parts)} |")
+    return "\n".join(lines)
+
+
 def curve() -> str:
     """The least error at 8 bytes by the number of training vectors, of Faiss's LSQ and of ours."""
     best: dict[int, dict[str, dict]] = {}

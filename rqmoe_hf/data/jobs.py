@@ -18,13 +18,15 @@ from ..modeling_rqmoe import RQMoEModel
 from ..saving import check_record, maker_record, weights_checksum
 from .batches import CompressBatch, EmbedBatch
 from .parquet import ParquetFiles, is_url
-from .shards import column_array, fixed_size_column, write_shards
+from .shards import Report, column_array, fixed_size_column, write_shards
 from .sources import as_array, load_embeddings, load_table
 
 if TYPE_CHECKING:
     from .ray_engine import RayEngine
 
 CODES_METADATA = b"rqmoe"
+# Rows that are done and reported at a time: texts take long, and vectors need company on a GPU.
+TEXTS_AT_A_TIME, VECTORS_AT_A_TIME = 2_048, 8_192
 
 
 @dataclass
@@ -45,16 +47,22 @@ class MakeBlock:
     result: str
     metadata: dict[bytes, bytes] | None = None
 
-    def __call__(self, start: int, stop: int) -> pa.Table:
+    def __call__(self, start: int, stop: int, report: Report | None = None) -> pa.Table:
         """The result for the rows start to stop."""
         names = [name for name in dict.fromkeys(("id", self.column)) if name in self.rows.column_names]
         block = select_rows(self.rows, range(start, stop), names)
         texts = isinstance(self.steps[0], EmbedBatch)
-        batch = {self.column: block[self.column][:] if texts else as_array(load_embeddings(block, self.column))}
-        for step in self.steps:
-            batch = step(batch)
+        values = block[self.column][:] if texts else as_array(load_embeddings(block, self.column))
+        results, size = [], TEXTS_AT_A_TIME if texts else VECTORS_AT_A_TIME
+        for piece in (values[first : first + size] for first in range(0, len(values), size)):
+            batch = {self.column: piece}
+            for step in self.steps:
+                batch = step(batch)
+            results.append(batch[self.result])
+            if report is not None:
+                report(len(piece))
         ids = {"id": block["id"][:]} if "id" in names else {}
-        table = pa.table(ids | {self.result: fixed_size_column(batch[self.result])})
+        table = pa.table(ids | {self.result: fixed_size_column(np.concatenate(results))})
         return table.replace_schema_metadata(self.metadata)
 
 
@@ -81,7 +89,7 @@ def embed_texts(
         split: Split of a Hub data set.
         dtype: Of the encoder's arithmetic; "bfloat16" is about twice as fast where the processor has it. The
             embeddings are float32; those of encoders that normalise are normalised again.
-        batch_size: Texts per forward pass, sorted by length within a shard.
+        batch_size: Texts per forward pass, sorted by length among 2,048.
         shard_size: Texts per file.
         device: Where to run, default the best there is.
         quantizer: Compresses the embeddings in the same pass: the shards then are those of [`compress_shards`].
@@ -164,7 +172,7 @@ def decompress_shards(
     check_quantizer(info, model, source)
     dataset = load_table(source)
 
-    def make(start: int, stop: int) -> pa.Table:
+    def make(start: int, stop: int, report: Report | None = None) -> pa.Table:
         rows = dataset.with_format("arrow")[start:stop]
         restored = model.decompress(column_array(rows["codes"]), info["num_codebooks"], show_progress_bar=False)
         ids = {"id": rows["id"]} if "id" in rows.column_names else {}

@@ -14,7 +14,15 @@ from tqdm.auto import tqdm
 
 MANIFEST = "rqmoe_job.json"
 
-MakeTable = Callable[[int, int], pa.Table]
+Report = Callable[[int], object]
+
+
+class MakeTable(Protocol):
+    """Makes the table of the rows start to stop, and may report how many of them are ready."""
+
+    def __call__(self, start: int, stop: int, report: Report | None = None) -> pa.Table:
+        """Gives the table."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -34,13 +42,20 @@ class Engine(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class OneProcess:
-    """The engine that works here, one shard after the other."""
+    """The engine that works here, one shard after the other.
+
+    Args:
+        report: Told how many more rows are ready, while a shard is made.
+    """
+
+    report: Report
 
     def run(self, make: MakeTable, shards: list[Shard]) -> Iterator[tuple[Shard, pa.Buffer]]:
         """Gives each shard with the content of its file."""
         for shard in shards:
-            yield shard, parquet_file(make(shard.start, shard.stop))
+            yield shard, parquet_file(make(shard.start, shard.stop, self.report))
 
 
 def write_shards(
@@ -84,9 +99,10 @@ def write_shards(
     done = rows - sum(shard.stop - shard.start for shard in pending)
     try:
         with tqdm(total=rows, initial=done, desc=description, unit="row") as bar:
-            for shard, content in (engine or OneProcess()).run(make, pending) if pending else ():
+            for shard, content in (engine or OneProcess(bar.update)).run(make, pending) if pending else ():
                 _write_whole(shard.file, content)
-                bar.update(shard.stop - shard.start)
+                done += shard.stop - shard.start
+                bar.update(done - bar.n)  # what was not reported before
     except Exception:
         if new_job and not any(shard.file.exists() for shard in shards):  # bad input leaves nothing behind
             _unclaim(output, new_folder)
