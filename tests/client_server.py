@@ -5,6 +5,7 @@ imported by each program for itself, with the variables that it was given.
 """
 
 import atexit
+import contextlib
 import importlib
 import json
 import os
@@ -45,7 +46,8 @@ def run(request: dict) -> None:
 def main() -> None:
     """Answers each request, a line of JSON, with the exit status."""
     for name in PRELOADED:
-        importlib.import_module(name)
+        with contextlib.suppress(ModuleNotFoundError):  # of an extra that is not installed
+            importlib.import_module(name)
     assert not set(FORBIDDEN) & set(sys.modules)
     for line in sys.stdin:
         child = os.fork()
