@@ -173,6 +173,10 @@ def test_convert(clustered, tmp_path, rqmoe):
         (["compress", "a.npy", "-o", "out", "--model", "none", "--workers", "2"], "only with --engine ray"),
         (["embed", "a.txt", "-o", "out", "--encoder", "x", "--engine", "spark"], "must be local or ray, got 'spark'"),
         (["train", "-o", "run"], "Give either --embeddings, or --texts and --encoder"),
+        (
+            ["train", "-o", "run", "--embeddings", "none", "--bytes", "16", "--codebook-sizes", "256x16"],
+            "give one, not 16 and '256x16'",
+        ),
         (["train", "-o", "run", "--embeddings", "x", "--streaming"], "give --max-steps and --evaluation"),
         (["convert", "none.pt", "-o", "out", "--format", "official"], "--scale belongs to --format official"),
         (["convert", "none.pt", "-o", "out", "--format", "qinco"], "There is no file none.pt"),

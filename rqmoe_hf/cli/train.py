@@ -143,15 +143,13 @@ def train(
     from ..training.initialization import suitable_blocks, suitable_sizes
     from ..training.run import LOCAL_SEARCH, LOCAL_SEARCH_BEAM
 
-    if (embeddings is None) == (texts is None) or (texts is not None and encoder is None):
-        raise ValueError("Give either --embeddings, or --texts and --encoder.")
+    check_source(embeddings, texts, encoder)
+    check_sizes(bytes_per_vector, codebook_sizes)
+    if streaming:
+        check_stream(max_steps, evaluation, bytes_per_vector, limit)
     if texts is not None and encoder is not None:
         embed_texts(texts, output / "embeddings", encoder, text_column, split)
         embeddings, column = str(output / "embeddings"), "embeddings"
-    if streaming and (max_steps < 1 or evaluation is None):
-        raise ValueError("A stream has no length and cannot be split: give --max-steps and --evaluation.")
-    if streaming and bytes_per_vector is not None and limit is None:
-        raise ValueError("--bytes chooses by the number of embeddings, which a stream does not tell: give --limit.")
     dataset = load_embeddings(embeddings, column, split, streaming)
     if limit is not None:
         dataset = dataset.take(limit) if streaming else dataset.select(range(min(limit, len(dataset))))
@@ -165,7 +163,7 @@ def train(
         count = limit if streaming and limit else len(dataset)
         parts = suitable_blocks(bytes_per_vector, count) if additive else [suitable_sizes(bytes_per_vector, count)]
         described = ", then ".join(describe_sizes(len(part), part) for part in parts)
-        print(f"{bytes_per_vector} bytes per vector: {described} (--codebook-sizes for others)")
+        print(f"{bytes_per_vector} bytes per vector: {described} (or --codebook-sizes instead)")
     if parts is not None:
         sizes = [size for part in parts for size in part]
         blocks = [len(part) for part in parts] if len(parts) > 1 else None
@@ -237,6 +235,29 @@ def train(
         print(
             f"The quantizer, its evaluation and its card are in {output}; `rqmoe push {output} org/name` shares them."
         )
+
+
+def check_source(embeddings: str | None, texts: str | None, encoder: str | None) -> None:
+    """Raises ValueError unless there is one source of embeddings."""
+    if (embeddings is None) == (texts is None) or (texts is not None and encoder is None):
+        raise ValueError("Give either --embeddings, or --texts and --encoder.")
+
+
+def check_sizes(bytes_per_vector: int | None, codebook_sizes: str | None) -> None:
+    """Raises ValueError if codebooks are both to be chosen and given."""
+    if bytes_per_vector is not None and codebook_sizes is not None:
+        raise ValueError(
+            f"--bytes chooses codebooks and --codebook-sizes names them: give one, not {bytes_per_vector} and "
+            f"{codebook_sizes!r}."
+        )
+
+
+def check_stream(max_steps: int, evaluation: str | None, bytes_per_vector: int | None, limit: int | None) -> None:
+    """Raises ValueError if something is left open that the length of a stream would have to tell."""
+    if max_steps < 1 or evaluation is None:
+        raise ValueError("A stream has no length and cannot be split: give --max-steps and --evaluation.")
+    if bytes_per_vector is not None and limit is None:
+        raise ValueError("--bytes chooses by the number of embeddings, which a stream does not tell: give --limit.")
 
 
 def parse_sizes(text: str | None) -> list[list[int]] | None:
