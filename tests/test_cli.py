@@ -11,7 +11,9 @@ import pytest
 from datasets import Dataset
 from typer.testing import CliRunner
 
+from rqmoe_hf import RQMoEConfig
 from rqmoe_hf.cli import app
+from rqmoe_hf.cli.advice import advice
 from rqmoe_hf.demo import collect_documentation
 
 VERBS = ["demo", "embed", "train", "compress", "decompress", "evaluate", "push", "info", "convert"]
@@ -114,6 +116,19 @@ def test_train_from_a_stream(clustered, tmp_path, evaluations, rqmoe):
     steps = [entry["step"] for entry in log if "eval_mse" in entry]
     assert steps == ([40] if evaluations == 1 else [20, 40])
     assert json.loads((tmp_path / "out" / "training.json").read_text("utf-8"))["batch_size"] == 128
+    assert "3,000 embeddings are few for experts" in done.stdout
+
+
+def test_who_has_few_embeddings_is_told_what_may_serve_better():
+    experts, codebooks = RQMoEConfig(hidden_size=384), RQMoEConfig.additive(hidden_size=384)
+    assert ["few for experts" in said for said in advice(50_000, experts)] == [True]
+    (said,) = advice(5_000, codebooks)
+    assert "from all-MiniLM-L6-v2" in said and "--from minilm-384-" in said
+    assert len(advice(5_000, experts)) == 2
+    assert advice(5_000, RQMoEConfig.additive(hidden_size=384, base_model="org/another-encoder")) == []
+    (said,) = advice(5_000, RQMoEConfig.additive(hidden_size=768, base_model="me/all-mpnet-base-v2"))
+    assert "mpnet-768-16-bytes" in said
+    assert advice(100_000, experts) == advice(30_000, codebooks) == advice(None, experts) == []
 
 
 def test_train_additive(clustered, tmp_path, rqmoe):

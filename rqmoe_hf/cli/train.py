@@ -142,6 +142,7 @@ def train(
     from ..training import RQMoETrainingArguments, train_quantizer
     from ..training.initialization import suitable_blocks, suitable_sizes
     from ..training.run import LOCAL_SEARCH, LOCAL_SEARCH_BEAM
+    from .advice import advice
 
     check_source(embeddings, texts, encoder)
     check_sizes(bytes_per_vector, codebook_sizes)
@@ -158,9 +159,10 @@ def train(
     else:
         held_out = load_embeddings(evaluation, column, split)
         held_out = held_out.select(range(min(evaluation_size, len(held_out))))
+    count = limit if streaming else len(dataset)
     parts, sizes, blocks, choose_local_search = parse_sizes(codebook_sizes), None, None, False
     if bytes_per_vector is not None:
-        count = limit if streaming and limit else len(dataset)
+        assert count is not None  # checked above
         parts = suitable_blocks(bytes_per_vector, count) if additive else [suitable_sizes(bytes_per_vector, count)]
         described = ", then ".join(describe_sizes(len(part), part) for part in parts)
         print(f"{bytes_per_vector} bytes per vector: {described} (or --codebook-sizes instead)")
@@ -195,6 +197,8 @@ def train(
             local_search=local_search or 0,
             base_model=encoder,
         )
+        for sentence in advice(count, model):
+            print(sentence)
     evaluations = evaluations_per_epoch * (1.0 if max_steps > 0 else max(1.0, epochs))
     interval = min(1 / evaluations, 1 - 1e-6)  # 1 would be a number of steps, not a share of them
     args = RQMoETrainingArguments(
