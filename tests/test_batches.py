@@ -15,8 +15,9 @@ from datasets.fingerprint import Hasher
 
 from rqmoe_hf import RQMoEModel
 from rqmoe_hf.data import CompressBatch, EmbedBatch
-from rqmoe_hf.data.batches import as_matrix
+from rqmoe_hf.data.batches import as_matrix, encode_batches, token_batches
 from rqmoe_hf.data.shards import fixed_size_column
+from rqmoe_hf.index.intake import TextEncoder
 
 ROOT = Path(__file__).parent.parent
 
@@ -99,6 +100,31 @@ def test_embed_batch(encoder):
     made = EmbedBatch(encoder, "body")({"id": [1, 2], "body": texts})
     np.testing.assert_allclose(made["embeddings"], SentenceTransformer(encoder).encode(texts), atol=1e-6)
     assert (made["id"], made["body"]) == ([1, 2], texts)
+
+
+def test_texts_of_equally_many_tokens_go_through_the_encoder_together(encoder, passages):
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(encoder, device="cpu")
+    # As many characters as a short passage, and as many tokens as a long one, or more than the encoder reads.
+    texts = [*passages[:20], "€" * 40, "%" * 120, "@" * 900, "", "word " * 400]
+    counts = [min(len(model.tokenizer(text)["input_ids"]), model.max_seq_length) for text in texts]
+    batches = token_batches(model, texts, 4)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(25))
+    assert [len(rows) for rows in batches] == [4] * 6 + [1]
+    assert [counts[row] for row in np.concatenate(batches)] == sorted(counts, reverse=True)
+    found = encode_batches(model, texts, 4)
+    np.testing.assert_allclose(found, model.encode(texts), atol=1e-5)
+
+    class Plain:  # an encoder without a tokenizer is asked once
+        def encode_document(self, texts):
+            asked.append(len(texts))
+            return np.ones((len(texts), 3))
+
+    asked: list[int] = []
+    assert TextEncoder(Plain()).documents(texts).shape == (25, 3) and asked == [25]
+    np.testing.assert_allclose(TextEncoder(model).documents(texts), model.encode(texts), atol=1e-5)
+    assert TextEncoder(model).documents([]).size == 0
 
 
 SPARK = """

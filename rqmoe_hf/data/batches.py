@@ -5,11 +5,14 @@ through its method `in_pandas`, in Spark's `DataFrame.mapInPandas`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import faiss
 import numpy as np
 import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from ..bundled import load_quantizer
 from ..modeling_rqmoe import RQMoEModel
@@ -171,12 +174,38 @@ def load_encoder(encoder: str, dtype: str = "float32", device: str | None = None
 
 def encode_batches(model, texts: list[str], batch_size: int, show_progress_bar: bool = False) -> np.ndarray:
     """Embeds texts, float32 `(n, d)`; unit norms that bfloat16 has blurred are restored."""
-    tensors = model.encode(texts, batch_size=batch_size, show_progress_bar=show_progress_bar, convert_to_tensor=True)
-    embeddings = tensors.float()
+    encode = partial(model.encode, batch_size=batch_size, show_progress_bar=False, convert_to_tensor=True)
+    batches = token_batches(model, texts, batch_size)
+    bar = tqdm(batches, desc="Batches", disable=not show_progress_bar)
+    embeddings = torch.cat([encode([texts[row] for row in rows]).float() for rows in bar])
     norms = embeddings.norm(dim=-1, keepdim=True)
     if bool((norms - 1).abs().max() < 0.02):  # unit norm up to bfloat16's rounding
         embeddings = embeddings / norms
-    return embeddings.cpu().numpy()
+    return embeddings.cpu().numpy()[np.argsort(np.concatenate(batches))]
+
+
+def token_batches(model: Any, texts: Sequence[str], batch_size: int) -> list[np.ndarray]:
+    """Divides texts into batches of about equally many tokens, the longest first.
+
+    sentence-transformers sorts by characters, and texts of equally many differ in tokens: two fifths of what it
+    computes for short passages is padding. Tokens beyond what the encoder reads do not count.
+
+    Args:
+        model: A sentence-transformers model, or another encoder.
+        texts: n texts.
+        batch_size: Texts per batch.
+
+    Returns:
+        Places in `texts`. One batch of all if the encoder has no tokenizer that can count quickly.
+    """
+    tokenizer = getattr(model, "tokenizer", None)
+    if not texts or not isinstance(tokenizer, PreTrainedTokenizerBase) or not tokenizer.is_fast:
+        return [np.arange(len(texts))]
+    longest = getattr(model, "max_seq_length", None)
+    limit = {"truncation": True, "max_length": longest} if longest else {}
+    tokens = tokenizer(list(texts), return_attention_mask=False, **limit)["input_ids"]
+    order = np.argsort([-len(ids) for ids in tokens], kind="stable")
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def limit_threads(count: int | None) -> None:

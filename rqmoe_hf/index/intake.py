@@ -26,6 +26,7 @@ class EncodesTexts(Protocol):
 
 
 Encoder = str | EncodesTexts
+BATCH_SIZE = 32  # texts that go through an encoder together; sentence-transformers' default
 
 
 class TextEncoder:
@@ -46,8 +47,13 @@ class TextEncoder:
 
     def documents(self, texts: Sequence[str]) -> np.ndarray:
         """Embeds documents, float32 `(n, d)`."""
+        from ..data.batches import token_batches
+
         with self._asking:
-            return np.asarray(self._loaded().encode_document(list(texts)), np.float32)
+            encoder = self._loaded()
+            batches = token_batches(encoder, texts, BATCH_SIZE)
+            parts = [np.asarray(encoder.encode_document([texts[row] for row in rows]), np.float32) for rows in batches]
+        return np.concatenate(parts)[np.argsort(np.concatenate(batches))]
 
     def _loaded(self) -> EncodesTexts:
         if self.encoder is None:
