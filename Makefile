@@ -112,6 +112,8 @@ benchmark: benchmark-sets
 	    --methods LSQ "LSQ x10" $(ADDITIVE) "ours, additive x11" || exit 1; done
 	$(BIN)/python benchmarks/quality.py --set mpnet-768 --methods float32 --ours mpnet-768-16-bytes \
 	  --tasks --encoder data/models/all-mpnet-base-v2
+	$(BIN)/python benchmarks/quality.py --set mpnet-768 --limit 30000 --bytes 32
+	$(BIN)/python benchmarks/quality.py --set mpnet-768 --limit 30000 --bytes 32 --methods "ours, additive x8"
 	for set in wordllama-256 sift-128 fashion-mnist-784 mpnet-768; do \
 	  $(BIN)/python benchmarks/quality.py --set $$set --limit 100000 && \
 	  $(BIN)/python benchmarks/quality.py --set $$set --limit 100000 --methods $(ADDITIVE) || exit 1; done
