@@ -35,8 +35,9 @@ def costs() -> str:
             taken = duration(1e6 * row["seconds"]) if row["unit"] != "round" else f"{row['seconds']:.2f} s a round"
             lines.append(f"| {name} | {base} | {taken} | {' | '.join(powers)} | {ratio:.2f} |")
         else:
-            lines.append(f"| {name} | {row['words']:.0f} words, {row['dtype']} | {duration(1e6 * row['seconds'])} |"
-                         f"{' |' * (len(factors) + 1)}")  # fmt: skip
+            theirs = duration(1e6 * row["seconds_by_sentence_transformers"])
+            base = f"{row['words']:.0f} words, {row['dtype']} (sentence-transformers by itself: {theirs})"
+            lines.append(f"| {name} | {base} | {duration(1e6 * row['seconds'])} |{' |' * (len(factors) + 1)}")
     return "\n".join(lines)
 
 
