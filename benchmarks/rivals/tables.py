@@ -7,7 +7,7 @@ from sets import SETS
 
 FLOAT_BYTES = 4 * 384
 COMPARED = 100_000  # training vectors of what is trained in the benchmark, or all that a smaller set has
-FEWER = {("mpnet-768", 32): 30_000}  # where others have been compared, too: this encoder takes two hours for 100,000
+FEWER = {("mpnet-768", 32): 30_000}  # where others have been compared, too: this encoder is slow
 SUMMARY = ("PQ", "OPQ", "RQ, beam 5", "LSQ", "LSQ x10")
 SHOWN = (*SUMMARY, "LSQ, 128 iterations", "RaBitQ (PCA)", "TurboQuant (PCA)", "binary, rescored", "int8", "float32")
 SHOWN_PREFIXES = ("ours", "official")
@@ -137,6 +137,8 @@ def shown_table(name: str) -> str:
 def everything(name: str) -> Callable[[], str]:
     """A function that makes the table of all methods on a set."""
     return lambda: quality_table(cells(name), everything=True)
+
+
 def best_recall(cell: dict) -> float:
     """recall@10 ranked in the way that suits a method best: as it is, at norm 1, or by its authors' estimator."""
     return max(cell.get(f"recall_10_at_10{way}", 0.0) for way in ("", "_renormalised", "_own_search"))

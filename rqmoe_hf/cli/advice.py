@@ -44,6 +44,7 @@ def suitable_quantizers(config: RQMoEConfig) -> dict[str, list[str]]:
     for name, folder in bundled_quantizers().items():
         other = RQMoEConfig.from_pretrained(folder)
         encoder = (other.base_model or "").rpartition("/")[2]
-        if encoder and other.hidden_size == config.hidden_size and encoder in (config.base_model or encoder):
+        same = config.base_model is None or config.base_model.rpartition("/")[2] == encoder
+        if encoder and same and other.hidden_size == config.hidden_size:
             found.setdefault(encoder, []).append(name)
     return found

@@ -187,8 +187,8 @@ def encode_batches(model, texts: list[str], batch_size: int, show_progress_bar: 
 def token_batches(model: Any, texts: Sequence[str], batch_size: int) -> list[np.ndarray]:
     """Divides texts into batches of about equally many tokens, the longest first.
 
-    sentence-transformers sorts by characters, and texts of equally many differ in tokens: two fifths of what it
-    computes for short passages is padding. Tokens beyond what the encoder reads do not count.
+    sentence-transformers sorts by characters, and texts of equally many differ so much in tokens that much of what it
+    computes is padding (docs/scaling.md has both times). Tokens beyond what the encoder reads do not count.
 
     Args:
         model: A sentence-transformers model, or another encoder.
@@ -196,10 +196,11 @@ def token_batches(model: Any, texts: Sequence[str], batch_size: int) -> list[np.
         batch_size: Texts per batch.
 
     Returns:
-        Places in `texts`. One batch of all if the encoder has no tokenizer that can count quickly.
+        Places in `texts`. One batch of all if they fit into one, or the encoder has no tokenizer that counts quickly.
     """
     tokenizer = getattr(model, "tokenizer", None)
-    if not texts or not isinstance(tokenizer, PreTrainedTokenizerBase) or not tokenizer.is_fast:
+    few = len(texts) <= batch_size  # one batch however they are sorted
+    if few or not isinstance(tokenizer, PreTrainedTokenizerBase) or not tokenizer.is_fast:
         return [np.arange(len(texts))]
     longest = getattr(model, "max_seq_length", None)
     limit = {"truncation": True, "max_length": longest} if longest else {}
