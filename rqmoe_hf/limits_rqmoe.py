@@ -123,12 +123,12 @@ def check_common(values: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be one of {', '.join(CONFIG_TYPES)}, got {_shown(dtype)}.")
 
 
-def check_weight_files(files: Iterable[str], expected: dict[str, torch.Tensor], origin: str) -> None:
+def check_weight_files(files: Iterable[str], expected: dict[str, list[tuple[int, ...]]], origin: str) -> None:
     """Compares the headers of weight files with the weights that a model has, before any of them is allocated.
 
     Args:
         files: Of the checkpoint.
-        expected: The model's state dict; only its names and shapes are used.
+        expected: Of each of the model's weights the shapes that it may have in a file.
         origin: Where the files come from, for messages.
 
     Raises:
@@ -142,14 +142,13 @@ def check_weight_files(files: Iterable[str], expected: dict[str, torch.Tensor], 
             for name in opened.keys():  # noqa: SIM118
                 part = opened.get_slice(name)
                 found[name.removeprefix("quantizer.")] = (tuple(part.get_shape()), part.get_dtype())
-    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     wrong = {
-        "missing keys": [name for name in shapes if name not in found],
-        "unexpected keys": [name for name in found if name not in shapes],
+        "missing keys": [name for name in expected if name not in found],
+        "unexpected keys": [name for name in found if name not in expected],
         "mismatched keys": [
-            f"{name} has the shape {found[name][0]} instead of {shape}"
-            for name, shape in shapes.items()
-            if name in found and found[name][0] != shape
+            f"{name} has the shape {found[name][0]} instead of {shapes[0]}"
+            for name, shapes in expected.items()
+            if name in found and found[name][0] not in shapes
         ],
         "no floats": [f"{name} ({dtype})" for name, (_, dtype) in found.items() if dtype not in WEIGHT_TYPES],
     }

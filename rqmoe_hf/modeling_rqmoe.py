@@ -4,20 +4,14 @@ The paper's letters, used in shape comments only: d hidden_size, M num_codebooks
 H intermediate_size, c condition_size (the paper's D_e), n vectors, S steps with experts (M - 1).
 """
 
-import os
-import re
 import threading
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import try_to_load_from_cache
-from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
-from transformers import initialization as init
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
@@ -27,9 +21,8 @@ from .configuration_rqmoe import RQMoEConfig
 from .decoding_rqmoe import decode_codes
 from .encoding_rqmoe import Tables, build_tables
 from .experts_rqmoe import RQMoEExperts
-from .limits_rqmoe import check_finite, check_weight_files
+from .pretrained_rqmoe import RQMoEPreTrainedModel
 
-_HUB_ARGUMENTS = ("repo_id", "commit_message", "private", "revision", "create_pr")  # of save_pretrained
 _BUILDING = threading.Lock()  # of all models: one in each could not be copied or pickled
 PROGRESS_BAR_FROM = 100_000  # vectors; below this, compress and decompress are silent unless asked
 
@@ -65,92 +58,6 @@ class RQMoEDecoderOutput(ModelOutput):
     """The reconstruction, `(batch, hidden_size)`."""
 
     reconstruction: torch.Tensor | None = None
-
-
-class RQMoEPreTrainedModel(PreTrainedModel):
-    """Loading, saving and weight initialisation."""
-
-    config: RQMoEConfig
-    mean: torch.Tensor
-    scale: torch.Tensor
-    base_model_prefix = "quantizer"
-    main_input_name = "embeddings"
-    model_tags = ["rqmoe", "embedding-compression", "vector-quantization"]
-    _no_split_modules = ["RQMoEExperts"]
-    # Codewords and statistics are what distances are formed from; the experts' weights follow the requested dtype.
-    _keep_in_fp32_modules_strict = ["mean", "scale", "codebooks"]
-    accepts_loss_kwargs = False
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """Loads a checkpoint; see `PreTrainedModel.from_pretrained`.
-
-        Raises:
-            ValueError: If weights are missing, superfluous, of a wrong shape or cut off. transformers would go on
-                with random ones, and a quantizer with random weights still gives codes.
-        """
-        loaded: Any
-        try:
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        except (SafetensorError, RuntimeError) as error:
-            raise ValueError(
-                f"The weights of {pretrained_model_name_or_path} are damaged or of another model: {error}. "
-                "Download or save them again."
-            ) from error
-        model, loading = loaded
-        wrong = {kind: sorted(map(str, keys)) for kind, keys in loading.items() if keys}
-        if wrong:
-            raise ValueError(
-                f"The weights of {pretrained_model_name_or_path} do not belong to its config.json: "
-                + "; ".join(f"{kind.replace('_', ' ')}: {', '.join(keys[:5])}" for kind, keys in wrong.items())
-            )
-        check_finite(model.state_dict(), str(pretrained_model_name_or_path))
-        if not os.path.isdir(pretrained_model_name_or_path):
-            config = os.path.join(kwargs.get("subfolder", ""), "config.json")
-            revision, cache = kwargs.get("revision") or "main", kwargs.get("cache_dir")
-            cached = try_to_load_from_cache(str(pretrained_model_name_or_path), config, cache, revision)
-            found = re.search(r"snapshots[/\\](\w+)", cached) if isinstance(cached, str) else None
-            model.commit_hash = None if found is None else found[1]
-        return (model, loading) if output_loading_info else model
-
-    @staticmethod
-    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
-        """Looks at the headers first: transformers would allocate, and fill at random, whatever the files lack."""
-        if checkpoint_files is not None:
-            check_weight_files(checkpoint_files, model.state_dict(), model.config.name_or_path)
-        return PreTrainedModel._load_pretrained_model(
-            model, state_dict, checkpoint_files, load_config, *args, **kwargs
-        )
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, RQMoEModel):
-            init.zeros_(module.mean)
-            init.zeros_(module.scale)
-            init.normal_(module.codebooks)
-            if module.instructions is not None:
-                init.normal_(module.instructions)
-        if isinstance(module, RQMoEExperts):
-            self._init_experts(module)
-
-    def _init_experts(self, experts: RQMoEExperts) -> None:
-        """Starts the deformation at zero, so that training begins exactly at the additive codebooks.
-
-        With the residual connection the output scale is zero (ReZero). Without it the conditioned codeword is the
-        codeword itself and the experts' last layers are zero. Never both factors of a product: that has no gradient.
-        """
-        for weight in experts.parameters(recurse=False):
-            if weight.ndim > 2:
-                init.normal_(weight, std=weight.shape[-1] ** -0.5)
-            else:
-                init.zeros_(weight)
-        if not experts.residual:
-            identity = torch.eye(self.config.hidden_size, device=experts.codeword_proj.device)
-            init.copy_(experts.codeword_proj, identity.expand_as(experts.codeword_proj))
-            init.zeros_(experts.condition_proj)
-            init.zeros_(experts.down_proj)
-            init.ones_(experts.output_scale)
 
 
 class RQMoEModel(RQMoEPreTrainedModel):
@@ -301,21 +208,6 @@ class RQMoEModel(RQMoEPreTrainedModel):
         if self.config.training_loss == "per_step":
             return errors.sum(dim=1).mean() / self.config.hidden_size
         return errors[:, -1].mean() / self.config.hidden_size
-
-    def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs):
-        """Saves config and weights; `push_to_hub`, `repo_id` and the like as in `PreTrainedModel.save_pretrained`."""
-        hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if push_to_hub:
-            self.push_to_hub(hub.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), **hub)
-
-    def push_to_hub(self, repo_id: str, **kwargs):  # type: ignore[override]
-        """Sends weights, config, evaluation and card to the Hub in one commit; see `rqmoe_hf.hub.push_quantizer`."""
-        try:
-            from rqmoe_hf.hub import push_quantizer
-        except ImportError:  # this file came with trust_remote_code and the package is not installed
-            return super().push_to_hub(repo_id, **kwargs)  # type: ignore[arg-type]
-        return push_quantizer(self, repo_id, **kwargs)
 
     # --- numpy ---------------------------------------------------------------------------------------------------
 

@@ -6,9 +6,12 @@ import faiss
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
 
 from rqmoe_hf import RQMoEConfig, RQMoEModel, truncate_codes, unpack_codes
 from rqmoe_hf.cli.train import parse_sizes
+from rqmoe_hf.saving import round_weights, save_whole
 from rqmoe_hf.training import blocks as training_blocks
 from rqmoe_hf.training import initialize
 from rqmoe_hf.training.augmentation import NeighborJitter
@@ -77,6 +80,38 @@ def test_blocks_survive_saving_and_training_mode(books, clustered, tmp_path):
         again.codebooks[3:] *= 2  # the tables of a block follow the weights
     larger = quantizer([*books[:3], *(2 * book for book in books[3:])], search_blocks=[3, 2], local_search=2)
     np.testing.assert_array_equal(again.compress(clustered[:100]), larger.compress(clustered[:100]))
+
+
+@pytest.mark.parametrize("half_size", [False, True])
+def test_the_file_has_the_codewords_one_after_the_other(books, clustered, tmp_path, half_size):
+    """Nothing fills up smaller codebooks there; files in which something does can still be read."""
+    model = quantizer(books, search_blocks=[3, 2], local_search=2)
+    if half_size:
+        round_weights(model)
+    save_whole(model, tmp_path, half_size=half_size)
+    stored = load_file(tmp_path / "model.safetensors")
+    expected = torch.from_numpy(np.concatenate(books)).to(torch.bfloat16 if half_size else torch.float32)
+    assert torch.equal(stored["codebooks"], expected)
+    codes = model.compress(clustered[:100])
+    for weights in (stored, stored | {"codebooks": model.codebooks.detach().to(expected.dtype)}):
+        save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+        loaded = AutoModel.from_pretrained(tmp_path)
+        assert torch.equal(loaded.codebooks, model.codebooks) and loaded.codebooks.dtype == torch.float32
+        np.testing.assert_array_equal(loaded.compress(clustered[:100]), codes)
+        again = RQMoEModel(model.config)
+        again.load_state_dict(weights)
+        assert torch.equal(again.codebooks, model.codebooks)
+
+
+def test_a_file_with_too_few_codewords_is_refused(books, tmp_path):
+    quantizer(books).save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    stored["codebooks"] = stored["codebooks"][1:].contiguous()
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{sum(SIZES) - 1}, 16.* instead of .{sum(SIZES)}, 16"):
+        RQMoEModel.from_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        RQMoEModel(quantizer(books).config).load_state_dict(stored)
 
 
 def test_training_a_second_block_lowers_the_error_as_a_second_quantizer_does(clustered):
