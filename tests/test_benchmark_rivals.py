@@ -257,6 +257,31 @@ def test_a_stopped_run_continues(vectors, tmp_path, monkeypatch):
     assert quality.environment.load("quality-tiny")["cells"] == cells
 
 
+class Halved:
+    """A quantizer that loses the second half of each vector."""
+
+    encode = staticmethod(lambda vectors: vectors)
+
+    def decode(self, codes):
+        return codes * (np.arange(codes.shape[1]) < codes.shape[1] // 2)
+
+
+def test_a_side_of_each_task_stays_exact_or_both_are_compressed(vectors):
+    first, second, queries, documents, packages = (part.copy() for part in np.split(vectors[:500], 5))
+    scores, relevant, others = np.arange(100.0), [[row] for row in range(100)], [[99 - row] for row in range(100)]
+    known = tasks.Tasks(first, second, scores, queries, documents, relevant, packages, others)
+    found, lost = tasks.measure(Halved(), known), Halved().decode
+    assert found["sts_spearman_asymmetric"] == tasks.spearman(first, lost(second), scores)
+    assert found["sts_spearman_symmetric"] == tasks.spearman(lost(first), lost(second), scores)
+    kinds = {"known_item": (queries, relevant), "package": (packages, others)}
+    for name, (asked, wanted) in kinds.items():
+        for side, given in (("asymmetric", asked), ("symmetric", lost(asked))):
+            ndcg, accuracy = tasks.retrieval(given, lost(documents), wanted)
+            assert (found[f"{name}_ndcg_at_10_{side}"], found[f"{name}_accuracy_at_1_{side}"]) == (ndcg, accuracy)
+    exact = tasks.measure(None, known)
+    assert exact["package_ndcg_at_10"] == tasks.retrieval(packages, documents, others)[0]
+
+
 def test_task_metrics_are_those_of_plain_definitions():
     generator = np.random.default_rng(0)
     documents, queries = generator.normal(size=(40, 8)), generator.normal(size=(6, 8))

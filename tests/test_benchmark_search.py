@@ -184,7 +184,9 @@ def test_threads_are_limited_and_given_back():
 def test_known_items_through_langchain(data, quantizer):
     pytest.importorskip("langchain_core")
     relevant = [row[::4] for row in nearest(data.queries, data.database)]
-    known = tasks.Tasks(data.queries, data.queries, np.zeros(20), data.queries, data.database, relevant)
+    known = tasks.Tasks(
+        *[data.queries] * 2, np.zeros(20), data.queries, data.database, relevant, data.queries, relevant
+    )
     exact = rag_tasks.measure(None, known, 20)
     assert exact["known_item_ndcg_at_10"] == pytest.approx(tasks.retrieval(data.queries, data.database, relevant)[0])
     ours = rag_tasks.measure(quantizer, known, 20)

@@ -5,12 +5,17 @@ import sys
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rqmoe_hf.data import dataset_from_array
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks" / "sets"))
 import sets
+import tasks
+from passages import first_paragraphs
 from sets.groups import drop_repeats, group_name, join_groups, largest_sizes, picture_name, split_groups
 from sets.storage import MANIFEST, array_checksum, write_set
 
@@ -128,3 +133,19 @@ def test_repeated_vectors_are_dropped_and_never_on_both_sides():
     kept = drop_repeats(train, test)
     np.testing.assert_array_equal(kept[0], [[3, 1], [0, 2]])
     np.testing.assert_array_equal(kept[1], [[9, 9], [1, 0]])
+
+
+def test_packages_are_asked_for_by_their_short_descriptions(tmp_path):
+    """The first paragraph is wanted, by the first package that has it; other paragraphs and training ones are not."""
+    descriptions = [
+        ("reads old tapes", [" A program that reads the\n tapes of old machines.", " It also writes them slowly."]),
+        ("writes old tapes", [" A program that reads the\n tapes of old machines."]),
+        ("reads old tapes", [" Another reader of tapes."]),
+        ("too short", [" Of which the short one is."]),
+        ("this is not held out", [" A paragraph for training."]),
+    ]
+    pairs = first_paragraphs(descriptions)
+    file, documents = tmp_path / "packages.parquet", ["something else", *list(pairs)[:2]]
+    pq.write_table(pa.table({"text": list(pairs), "short": list(pairs.values())}), file)
+    assert documents[1:] == ["A program that reads the tapes of old machines.", "Another reader of tapes."]
+    assert tasks.package_items(file, documents) == (["reads old tapes"], [[1, 2]])

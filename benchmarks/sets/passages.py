@@ -4,7 +4,9 @@
 
 writes ``train.parquet`` and ``test.parquet`` with the columns ``text`` and ``source``. The sources are dictionary
 entries (WordNet glosses, GCIDE, FOLDOC) and the paragraphs of Debian's package descriptions: short English prose from
-many fields. Needs ``apt-get`` and ``dpkg-deb`` and a Debian or Ubuntu mirror; nothing is installed on the system.
+many fields. ``packages.parquet`` says for package descriptions in ``test.parquet``, in the column ``text``, what the
+short description is that they were written for. Needs ``apt-get`` and ``dpkg-deb`` and a Debian or Ubuntu mirror;
+nothing is installed on the system.
 
 Passages that begin with the same words go to the same side of the split, so that the many near-duplicates among
 package descriptions ("... This package contains the development files") do not cross it. The order is a shuffle with
@@ -90,8 +92,8 @@ def dictd_entries(root: Path, name: str) -> Iterator[str]:
             yield f"{headword}: {paragraph}"
 
 
-def package_descriptions(lists: Path) -> Iterator[str]:
-    """Yields short descriptions and paragraphs of long descriptions of all packages."""
+def package_descriptions(lists: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yields short description and paragraphs of the long description of all packages."""
     for path in sorted(lists.glob("*Translation-en*")):
         data = path.read_bytes()
         if path.suffix == ".lz4":
@@ -99,8 +101,20 @@ def package_descriptions(lists: Path) -> Iterator[str]:
         for block in data.decode("utf-8", "replace").split("\n\n"):
             text = block.partition("Description-en: ")[2]
             short, _, long = text.partition("\n")
-            yield short
-            yield from re.split(r"\n \.\n", long)
+            yield short, re.split(r"\n \.\n", long)
+
+
+def first_paragraphs(descriptions: list[tuple[str, list[str]]]) -> dict[str, str]:
+    """The short description that the first paragraph of a long one goes with, both cleaned: `{paragraph: short}`.
+
+    Packages of one source often share the paragraph: then it goes with the first one's.
+    """
+    pairs: dict[str, str] = {}
+    for short, paragraphs in descriptions:
+        query, passage = clean(short), clean(paragraphs[0])
+        if query and passage:
+            pairs.setdefault(passage, query)
+    return pairs
 
 
 def clean(text: str) -> str | None:
@@ -128,11 +142,12 @@ def build(output: Path, seed: int) -> None:
         folder = Path(scratch)
         folder.chmod(0o755)  # apt's own user reads the folder
         download_packages(folder)
+        descriptions = list(package_descriptions(folder / "lists"))
         sources = {
             "wordnet": wordnet_glosses(folder / "root"),
             "gcide": dictd_entries(folder / "root", "gcide"),
             "foldoc": dictd_entries(folder / "root", "foldoc"),
-            "debian": package_descriptions(folder / "lists"),
+            "debian": (text for short, paragraphs in descriptions for text in (short, *paragraphs)),
         }
         passages: dict[str, str] = {}
         for source, texts in sources.items():
@@ -146,6 +161,10 @@ def build(output: Path, seed: int) -> None:
         table = pa.table({"text": [text for text, _ in part], "source": [source for _, source in part]})
         pq.write_table(table, output / f"{split}.parquet", compression="zstd")
         print(f"{split}: {len(part):,} passages, sha256 of the texts {check([text for text, _ in part], split)[:16]}")
+    held_out = {text for text, source in part if source == "debian"}  # of the last split, which is the test
+    pairs = sorted(item for item in first_paragraphs(descriptions).items() if item[0] in held_out)
+    table = pa.table({"text": [text for text, _ in pairs], "short": [short for _, short in pairs]})
+    pq.write_table(table, output / "packages.parquet", compression="zstd")
 
 
 def check(texts: list[str], split: str) -> str:
