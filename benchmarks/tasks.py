@@ -101,6 +101,9 @@ def known_items(passages: Path, count: int | None, seed: int = 0) -> tuple[list[
 
 def package_items(packages: Path, documents: list[str]) -> tuple[list[str], list[list[int]]]:
     """Short descriptions of packages, and for each the rows of the first paragraphs that were written for it."""
+    if not packages.is_file():
+        command = f"python benchmarks/sets/passages.py --output {packages.parent}"
+        raise SystemExit(f"There is no {packages}: {command} makes it.")
     rows = {text: row for row, text in enumerate(documents)}
     relevant: dict[str, list[int]] = {}
     for pair in pq.read_table(packages).to_pylist():
