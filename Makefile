@@ -112,15 +112,20 @@ benchmark: benchmark-sets
 	    --methods LSQ "LSQ x10" $(ADDITIVE) "ours, additive x11" || exit 1; done
 	$(BIN)/python benchmarks/quality.py --set mpnet-768 --methods float32 --ours mpnet-768-16-bytes \
 	  --tasks --encoder data/models/all-mpnet-base-v2
-	$(BIN)/python benchmarks/quality.py --set mpnet-768 --limit 30000 --bytes 32
+	$(BIN)/python benchmarks/quality.py --set mpnet-768 --limit 30000 --bytes 8 32
 	$(BIN)/python benchmarks/quality.py --set mpnet-768 --limit 30000 --bytes 32 --methods "ours, additive x8"
+	$(BIN)/python benchmarks/quality.py --set mpnet-768 --limit 30000 --bytes 8 --methods "ours, additive x10"
+	$(BIN)/python benchmarks/quality.py --set minilm-384 --limit 50000 --bytes 64
+	$(BIN)/python benchmarks/quality.py --set minilm-384 --limit 50000 --bytes 64 --methods "ours, additive x8"
 	for set in wordllama-256 sift-128 fashion-mnist-784 mpnet-768; do \
 	  $(BIN)/python benchmarks/quality.py --set $$set --limit 100000 && \
 	  $(BIN)/python benchmarks/quality.py --set $$set --limit 100000 --methods $(ADDITIVE) || exit 1; done
 	$(BIN)/python benchmarks/quality.py --set sift-128 --limit 100000 --bytes 8 --methods official --minutes 5
+	$(BIN)/python benchmarks/quality.py --set minilm-384 --limit 100000 --bytes 8 --methods official --minutes 23
+	$(BIN)/python benchmarks/quality.py --set mpnet-768 --limit 30000 --bytes 8 --methods official --minutes 14
 	$(BIN)/python benchmarks/quality.py --set wordllama-256 --limit 100000 --bytes 8 --methods official --minutes 13
 	$(BIN)/python benchmarks/quality.py --set fashion-mnist-784 --bytes 8 --methods official --minutes 12
-	$(BIN)/python benchmarks/quality.py --set sift-128 --bytes 8 --methods LSQ "LSQ, 128 iterations"
+	$(BIN)/python benchmarks/quality.py --set sift-128 --bytes 8 --methods LSQ "LSQ, 128 iterations" "ours, experts x8"
 	$(BIN)/python benchmarks/quality.py --set sift-128 --limit 100000 --bytes 8 16 --methods "ours, experts x8"
 	$(BIN)/python benchmarks/quality.py --set fashion-mnist-784 --bytes 8 --methods "ours, experts x8"
 	$(BIN)/python benchmarks/levers.py
