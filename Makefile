@@ -139,7 +139,7 @@ benchmark: benchmark-sets
 	$(BIN)/python benchmarks/memory.py data/memory
 	$(BIN)/python benchmarks/fuzz.py
 	$(BIN)/python benchmarks/cost.py --encoder "$(ENCODER)"
-	$(BIN)/python benchmarks/plots.py --set minilm-384 sift-128 --search minilm-384 sift-128
+	$(BIN)/python benchmarks/plots.py --set $(SETS) --search minilm-384 sift-128
 	$(MAKE) tables
 
 tables: .venv/installed

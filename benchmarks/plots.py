@@ -15,6 +15,7 @@ import re
 import environment
 import matplotlib
 from matplotlib import pyplot
+from matplotlib.ticker import LogLocator, NullLocator
 from rivals.tables import cells, label
 from tables import search_label
 
@@ -47,10 +48,15 @@ def draw(name: str) -> None:
     ):
         panel.set(title=title, xlabel=across, ylabel=up, xscale="log")
         panel.grid(alpha=0.3)
+    for panel in panels[::2]:  # errors, which differ a thousandfold
+        panel.set_yscale("log")
+        panel.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        panel.yaxis.set_major_formatter("{x:,.7g}")
+        panel.yaxis.set_minor_formatter("{x:,.7g}")
     for panel in panels[:2]:
         ticks = sorted({row["bytes"] for rows in methods.values() for row in rows})
         panel.set_xticks(ticks, [str(tick) for tick in ticks])
-        panel.minorticks_off()
+        panel.xaxis.set_minor_locator(NullLocator())
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
     file = environment.RESULTS / f"quality-{name}.svg"
     figure.savefig(file, metadata={"Date": None})
