@@ -26,7 +26,9 @@ from .interface import contiguous, squared_error
 
 VALIDATION = 5_000
 TABLE_VECTORS = 200_000
-ROUNDS, ROUNDS_OF_MANY_BLOCKS = 80, 30  # of annealing, in each block: 64 bytes, four blocks, stay below two hours
+# Of annealing (`--init-rounds`), in each block. More than by default: at 8 bytes and 10 bits it still takes less time
+# than Faiss's LSQ. With more than two blocks fewer, since the time grows with their number.
+ROUNDS, ROUNDS_OF_MANY_BLOCKS = 80, 30
 
 
 @dataclass(frozen=True)
@@ -178,14 +180,12 @@ class OursAdditive:
         dimension: Of the vectors.
         size: Bytes per vector.
         bits: Per code.
-        rounds: Of annealing (`--init-rounds`). Default: 80, more than the command's; at 8 bytes and 10 bits that still
-            takes less time than Faiss's LSQ. 30 where there are more than two blocks.
     """
 
-    def __init__(self, dimension: int, size: int, bits: int = 10, rounds: int | None = None):
+    def __init__(self, dimension: int, size: int, bits: int = 10):
         blocks = [sizes_for_bytes(share, bits) for share in block_bytes(size)]
         sizes = [codewords for block in blocks for codewords in block]
-        self.rounds = rounds or (ROUNDS if len(blocks) <= 2 else ROUNDS_OF_MANY_BLOCKS)
+        self.rounds = ROUNDS if len(blocks) <= 2 else ROUNDS_OF_MANY_BLOCKS
         self.code_bits, self.codebook_bytes = 8 * size, 4 * dimension * sum(sizes)
         settings = {"num_codebooks": len(sizes), "codebook_size": max(sizes)}
         settings |= {"beam_size": LOCAL_SEARCH_BEAM, "local_search": LOCAL_SEARCH}

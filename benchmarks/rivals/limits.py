@@ -1,7 +1,6 @@
 """How many training vectors a method can use within about two hours on two cores, and why not more."""
 
 HOURS = "more would take over two hours on two cores"
-AS_LSQ = "as many as LSQ"
 MEMORY = "training keeps beam x vectors x dimensions numbers, twice: more would not fit into 24 GiB"
 
 # (method, bytes): most vectors and the reason. In 384 dimensions, LSQ with 8 codes of 8 bits takes 5 ms of a core for
@@ -15,7 +14,7 @@ MAX_TRAINING_VECTORS: dict[tuple[str, int], tuple[int, str]] = {
     ("LSQ x9", 16): (200_000, HOURS),
     ("LSQ x10", 8): (400_000, HOURS),
     ("LSQ x10", 16): (100_000, HOURS),
-    ("ours, experts x8", 8): (400_000, AS_LSQ),
+    ("ours, experts x8", 8): (400_000, "as many as LSQ"),
     ("PLSQ", 32): (400_000, HOURS),
     ("PLSQ", 64): (200_000, HOURS),
     ("RQ x10, beam 5", 64): (100_000, HOURS),
