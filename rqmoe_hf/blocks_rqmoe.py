@@ -15,6 +15,8 @@ from .configuration_rqmoe import RQMoEConfig
 from .encoding_rqmoe import Tables, encode_vectors
 from .local_search_rqmoe import refine_codes
 
+WITHOUT_FLOAT64 = ("mps",)  # devices whose codes may depend on the batch, where rounding decides between two
+
 
 def blocks_of(config: RQMoEConfig, num_codebooks: int) -> list[slice]:
     """The codebooks of each block that a code of `num_codebooks` steps has a part in; the last may be cut off."""
@@ -65,6 +67,7 @@ def find_codes(
         int64 codes `(n, m)` and float32 reconstructions `(n, d)`, standardised.
     """
     codes, restored = [], None
+    settle_ties = settle_ties and target.device.type not in WITHOUT_FLOAT64
     for block in blocks:
         tables, steps = partial(_tables_of, tables_for, block.start), block.stop - block.start
         left = target if restored is None else target - restored

@@ -1,10 +1,12 @@
 """The quantizers that come with the package."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .modeling_rqmoe import RQMoEModel
+from .saving import weights_checksum
 
 
 def bundled_quantizers() -> dict[str, Path]:
@@ -39,14 +41,19 @@ def quantizer_source(name: str) -> str:
     return str(bundled.get(name, name))
 
 
-def load_quantizer(name: str, dtype: str = "float32", revision: str | None = None) -> RQMoEModel:
+def load_quantizer(name: str, dtype: str = "float32", revision: str | None = None, **config: Any) -> RQMoEModel:
     """Loads a quantizer by its bundled name, its folder or its Hub id.
 
     Args:
         name: For example "minilm-384-32-bytes", "runs/mine" or "org/name".
         dtype: Of the experts' arithmetic: "float32", or "bfloat16" where the processor has it.
         revision: Branch, tag or commit on the Hub.
+        config: Settings of its config to replace, such as `beam_size`.
     """
-    source = quantizer_source(name)
-    model = RQMoEModel.from_pretrained(source, dtype=getattr(torch, dtype), revision=revision or "main")
+    source, settings = quantizer_source(name), {"revision": revision or "main", **config}
+    model = RQMoEModel.from_pretrained(source, dtype=torch.float32, **settings)
+    if dtype != "float32":
+        stored = weights_checksum(model)
+        model = RQMoEModel.from_pretrained(source, dtype=getattr(torch, dtype), **settings)
+        model.cast_from = (weights_checksum(model), stored)
     return model.eval()

@@ -42,8 +42,13 @@ class RQMoEExperts(nn.Module):
         return logits.softmax(dim=-1)
 
     def forward(self, codewords: torch.Tensor, condition: torch.Tensor, steps: slice = slice(None)) -> torch.Tensor:
-        """Deforms the codewords `(S, n, d)` of some steps by the conditions `(S, n, c)`; returns `(S, n, d)`."""
-        hidden = codewords @ self.codeword_proj[steps].mT + condition @ self.condition_proj[steps].mT
+        """Deforms the codewords `(S, n, d)` of some steps by the conditions `(S, n, c)`; returns `(S, n, d)`.
+
+        The experts compute in the dtype of their weights; the codewords that they are added to keep their own.
+        """
+        dtype = self.codeword_proj.dtype
+        hidden = codewords.to(dtype) @ self.codeword_proj[steps].mT
+        hidden = hidden + condition.to(dtype) @ self.condition_proj[steps].mT
         hidden = hidden + self.bias[steps, None]
         weights = self.gate(hidden, steps).mT[..., None]  # (S, N, n, 1)
         hidden = hidden[:, None]  # (S, 1, n, d), from the first layer on (S, N, n, d)

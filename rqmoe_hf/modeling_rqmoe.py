@@ -82,6 +82,7 @@ class RQMoEModel(RQMoEPreTrainedModel):
         shape = (steps - 1, config.codebook_size, config.condition_size)
         self.instructions = nn.Parameter(torch.empty(shape)) if uses_instructions else None
         self.commit_hash: str | None = None  # on the Hub, of the weights loaded from there
+        self.cast_from: tuple[str, str] | None = None  # checksums: of the weights as they are, and as they are stored
         self._tables: dict[tuple[torch.dtype, int | None], tuple[tuple, Tables]] = {}
         self.post_init()
 
@@ -90,6 +91,13 @@ class RQMoEModel(RQMoEPreTrainedModel):
         if mode != self.training:  # sentence-transformers calls eval() before it encodes a single text
             self._tables.clear()
         return super().train(mode)
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        """Refuses `nn.DataParallel`: its copies have no parameters, and would share the tables of one device."""
+        raise ValueError(
+            "An RQMoEModel cannot be copied to several GPUs within one process (nn.DataParallel): start one process "
+            "for each with torchrun --nproc-per-node, or let the process see one GPU (CUDA_VISIBLE_DEVICES=0)."
+        )
 
     def __getstate__(self) -> dict:  # without the tables: they are rebuilt, and can be twenty times the weights
         return super().__getstate__() | {"_tables": {}}
@@ -160,18 +168,21 @@ class RQMoEModel(RQMoEPreTrainedModel):
         return RQMoEDecoderOutput(self._unstandardize(decode_codes(codes.to(self.codebooks.device), tables)))
 
     @can_return_tuple
-    def forward(self, embeddings: torch.Tensor, return_loss: bool = True) -> RQMoEOutput:
+    def forward(
+        self, embeddings: torch.Tensor, return_loss: bool = True, num_codebooks: int | None = None
+    ) -> RQMoEOutput:
         """Quantizes embeddings `(n, hidden_size)` and measures the loss of the config's `training_loss`.
 
         The codes are found first, without gradient and without dropout; the gradient then flows through the
-        reconstruction of these codes into codebooks, instructions and experts.
+        reconstruction of these codes into codebooks, instructions and experts. With `num_codebooks` only the first so
+        many of them.
         """
         self._require_initialized("train")
         self._check_embeddings(embeddings)
         target = self._standardize(embeddings)
         self._forget_tables()
         # Ties may fall either way in training: no need to settle them in double precision.
-        search = self._search_settings(None, None, False, None)
+        search = self._search_settings(None, None, False, num_codebooks)
         codes, _ = self._find_codes(target, search, self.config.local_search, settle_ties=False)
         self._forget_tables()
         partial_sums = self.contributions(codes).float().cumsum(dim=1)  # (n, M, d)
@@ -282,11 +293,12 @@ class RQMoEModel(RQMoEPreTrainedModel):
         return standardized.float() * self.scale.float() + self.mean.float()
 
     def _compute_dtype(self) -> torch.dtype:
-        """bfloat16 if the experts' weights have it or autocast asks for it, float32 otherwise."""
+        """16 bits if the experts' weights have them or autocast asks for them, float32 otherwise."""
         device = self.codebooks.device.type
         if torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
-        return self.codebooks.dtype if self.experts is None else self.experts.up_proj.dtype
+        dtype = self.codebooks.dtype if self.experts is None else self.experts.up_proj.dtype
+        return torch.float32 if dtype == torch.float64 else dtype  # float64 is for near ties
 
     def _forget_tables(self) -> None:
         """Before and after a pass with gradient: fused optimizers leave no trace on the weights' versions."""

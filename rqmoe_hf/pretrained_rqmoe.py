@@ -21,7 +21,10 @@ from .configuration_rqmoe import RQMoEConfig
 from .experts_rqmoe import RQMoEExperts
 from .limits_rqmoe import check_finite, check_weight_files
 
-_HUB_ARGUMENTS = ("repo_id", "commit_message", "private", "revision", "create_pr")  # of save_pretrained
+# Of save_pretrained: what it hands on to push_to_hub.
+_HUB_ARGUMENTS = (
+    "repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags",
+)  # fmt: skip
 
 
 class RQMoEPreTrainedModel(PreTrainedModel):
@@ -33,6 +36,7 @@ class RQMoEPreTrainedModel(PreTrainedModel):
     codebooks: nn.Parameter
     instructions: nn.Parameter | None
     commit_hash: str | None
+    cast_from: tuple[str, str] | None
     base_model_prefix = "quantizer"
     main_input_name = "embeddings"
     model_tags = ["rqmoe", "embedding-compression", "vector-quantization"]

@@ -51,6 +51,12 @@ def save_whole(
             os.replace(file, target)
 
 
+def differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """What differs between the settings of a job that was begun and those of the present one, for a message."""
+    names = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
+    return "; ".join(f"{name}: {found.get(name)!r} there, {wanted.get(name)!r} now" for name in names)
+
+
 def write_text(file: Path, text: str) -> None:
     """Writes a text file so that it is whole or not there."""
     scratch = file.with_name(f".{file.name}.tmp")
@@ -59,12 +65,18 @@ def write_text(file: Path, text: str) -> None:
 
 
 def weights_checksum(model: RQMoEModel) -> str:
-    """Sixteen hexadecimal digits that change with any weight: tells whether codes belong to a quantizer."""
+    """Sixteen hexadecimal digits that change with any weight: tells whether codes belong to a quantizer.
+
+    Of weights that [`load_quantizer`] has rounded while loading they are those of the stored ones: codes that were
+    made in bfloat16 belong to the same quantizer.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    checksum = digest.hexdigest()[:16]
+    rounded, stored = model.cast_from or (None, None)
+    return stored if stored is not None and checksum == rounded else checksum
 
 
 def write_tensors(

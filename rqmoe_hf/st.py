@@ -113,14 +113,15 @@ class RQMoEQuantizer(Module):
                 "the quantizer of this encoder, or train one with `rqmoe train --texts ... --encoder ...`."
             )
         vectors = embeddings.to(self.model.codebooks.device, torch.float32)
+        num_codebooks = self.num_codebooks if num_codebooks is None else num_codebooks
         if self.training and torch.is_grad_enabled():
-            return self._train(features, vectors)
+            return self._train(features, vectors, num_codebooks)
         found = self.model.encode(
             vectors,
             num_candidates=num_candidates,
             beam_size=beam_size,
             local_search=local_search,
-            num_codebooks=self.num_codebooks if num_codebooks is None else num_codebooks,
+            num_codebooks=num_codebooks,
         )
         if quantize == "codes":
             packed = pack_codes(found.codes.cpu().numpy(), self.model.config.code_sizes)
@@ -129,9 +130,11 @@ class RQMoEQuantizer(Module):
             features["sentence_embedding"] = self._finish(found.reconstruction).to(embeddings.device)
         return features
 
-    def _train(self, features: dict[str, Any], vectors: torch.Tensor) -> dict[str, Any]:
+    def _train(
+        self, features: dict[str, Any], vectors: torch.Tensor, num_codebooks: int | None
+    ) -> dict[str, Any]:
         """The straight-through estimate: the value is the reconstruction, the gradient also that of the vectors."""
-        output = self.model(vectors)
+        output = self.model(vectors, num_codebooks=num_codebooks)
         features["quantization_loss"] = output.loss
         features["sentence_embedding"] = self._finish(output.reconstruction + vectors - vectors.detach())
         return features
@@ -287,9 +290,11 @@ class RQMoELoss(nn.Module):
                 module.eval()
         features = [self.model(column) for column in sentence_features]
         if "quantization_loss" not in features[0]:  # an evaluation
-            quantizer = self.model[-1].model
+            last = self.model[-1]
             exact = [self.model(column, quantize="none")["sentence_embedding"] for column in sentence_features]
-            quantization = [quantizer(vectors.to(torch.float32)).loss for vectors in exact]
+            quantization = [
+                last.model(vectors.to(torch.float32), num_codebooks=last.num_codebooks).loss for vectors in exact
+            ]
         else:
             quantization = [column["quantization_loss"] for column in features]
         losses = {"quantization": self.quantization_weight * torch.stack(quantization).mean()}

@@ -72,6 +72,7 @@ class HubServer(LoopbackServer):
         self.objects: dict[str, bytes] = {}
         self.drop: dict[str, int] = {}
         self.log: list[str] = []
+        self.tokens: set[str | None] = set()
 
     @property
     def url(self) -> str:
@@ -122,6 +123,7 @@ class Handler(BaseHTTPRequestHandler):
         parts = urlsplit(self.path)
         path, self.query = parts.path, parse_qs(parts.query)
         self.server.log.append(f"{self.command} {unquote(path)}")
+        self.server.tokens.add(self.headers.get("Authorization"))
         limit = next((count for pattern, count in self.server.drop.items() if re.search(pattern, unquote(path))), None)
         if limit is not None and self.command in ("PUT", "POST"):
             self.rfile.read(min(limit, int(self.headers.get("Content-Length") or limit)))

@@ -89,12 +89,15 @@ def test_saving_can_push_too(hub, client, small):
     client(f"""
         from rqmoe_hf import RQMoEModel
         model = RQMoEModel.from_pretrained({str(small)!r})
-        model.save_pretrained("here", push_to_hub=True, repo_id="org/saved", commit_message="Saved", private=True)
+        settings = dict(commit_message="Saved", private=True, token="hf_given", tags=["mine"])
+        model.save_pretrained("here", push_to_hub=True, repo_id="org/saved", **settings)
         RQMoEModel.from_pretrained("here")
     """)
     repository = hub.repositories["model", "org/saved"]
     assert list(repository.messages.values()) == ["initial commit", "Saved"] and repository.private
-    assert "# RQ-MoE quantizer for tiny" in hub.files("org/saved")["README.md"].content.decode()
+    card = hub.files("org/saved")["README.md"].content.decode()
+    assert "# RQ-MoE quantizer for tiny" in card and "- mine\n" in card
+    assert "Bearer hf_given" in hub.tokens
 
 
 def test_branch_tag_and_commit(hub, client, small, clustered, tmp_path):

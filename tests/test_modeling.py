@@ -12,7 +12,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel
 
-from rqmoe_hf import RQMoEConfig, RQMoEModel, pack_codes
+from rqmoe_hf import RQMoEConfig, RQMoEModel, load_quantizer, pack_codes
+from rqmoe_hf.data import compress_shards, decompress_shards
 from rqmoe_hf.saving import round_weights, save_whole
 
 
@@ -50,6 +51,64 @@ def test_bfloat16_keeps_codewords_and_statistics_in_float32(paper_model, vectors
     output = loaded.encode(vectors)
     assert output.reconstruction.dtype == torch.float32
     assert (vectors - output.reconstruction).square().mean() == pytest.approx(expected.item(), rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_with_experts_of_16_bits_trains_too(model, vectors, tmp_path, dtype):
+    """The loss and its gradient are those of float32, up to rounding."""
+    model.save_pretrained(tmp_path)
+    loaded, expected = RQMoEModel.from_pretrained(tmp_path, dtype=dtype), model(vectors)
+    found = loaded.eval()(vectors)
+    assert found.loss.item() == pytest.approx(expected.loss.item(), rel=0.02)
+    expected.loss.backward()
+    found.loss.backward()
+    first, second = (one.codebooks.grad.flatten() for one in (loaded, model))
+    assert torch.cosine_similarity(first, second, dim=0) > 0.97
+
+
+def test_a_model_in_float64_gives_the_codes_of_float32(model, vectors):
+    expected = model.encode(vectors)
+    loss = model(vectors).loss.item()
+    found = model.double().encode(vectors)
+    assert torch.equal(found.codes, expected.codes)
+    torch.testing.assert_close(found.reconstruction, expected.reconstruction)
+    assert model(vectors).loss.item() == pytest.approx(loss, rel=1e-5)
+
+
+def test_codes_of_rounded_experts_belong_to_the_same_quantizer(paper_model, clustered, tmp_path):
+    paper_model.save_pretrained(tmp_path / "model")
+    exact, rounded = (load_quantizer(str(tmp_path / "model"), dtype) for dtype in ("float32", "bfloat16"))
+    assert not torch.equal(exact.experts.up_proj, rounded.experts.up_proj.float())
+    np.save(tmp_path / "vectors.npy", clustered[:100])
+    compress_shards(tmp_path / "vectors.npy", tmp_path / "codes", rounded)
+    decompress_shards(tmp_path / "codes", tmp_path / "restored", exact)
+    rounded.codebooks.data += 1.0  # another quantizer now
+    with pytest.raises(ValueError, match="codes were made by"):
+        decompress_shards(tmp_path / "codes", tmp_path / "other", rounded)
+
+
+def test_a_prefix_can_be_trained(model, vectors):
+    output = model(vectors, num_codebooks=2)
+    found = model.encode(vectors, num_codebooks=2)
+    assert torch.equal(output.codes, found.codes) and output.step_errors.shape == (2,)
+    torch.testing.assert_close(output.reconstruction, found.reconstruction)
+
+
+def test_copies_within_one_process_are_refused(paper_model):
+    """nn.DataParallel's copies have no parameters: what the engine builds its tables from."""
+    with pytest.raises(ValueError, match="torchrun --nproc-per-node"):
+        paper_model._replicate_for_data_parallel()
+
+
+@pytest.mark.parametrize("rounds", [0, 3])
+def test_devices_without_float64_get_codes_without_it(model, vectors, monkeypatch, rounds):
+    """MPS refuses float64, for which the processor stands here. These vectors have no near ties."""
+    expected = model.encode(vectors, local_search=rounds).codes
+    monkeypatch.setattr("rqmoe_hf.blocks_rqmoe.WITHOUT_FLOAT64", ("cpu",))
+    monkeypatch.setattr("rqmoe_hf.local_search_rqmoe.can_sweep", lambda *_: False)  # compiled for processors alone
+    monkeypatch.setattr(torch.Tensor, "double", lambda _: pytest.fail("float64"))
+    model._tables.clear()
+    assert torch.equal(model.encode(vectors, local_search=rounds).codes, expected)
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto"])

@@ -88,6 +88,9 @@ def test_search_settings_pass_through(plain, combined, quantizer, tmp_path):
     assert codes.shape[1] == 6
     shorter = SentenceTransformer(modules=[*plain.children(), RQMoEQuantizer(quantizer, num_codebooks=4)])
     np.testing.assert_array_equal(shorter.encode(TEXTS, quantize="codes"), quantizer.compress(exact, num_codebooks=4))
+    last, features = shorter[-1], {"sentence_embedding": torch.from_numpy(exact)}
+    trained_on, expected = (last.train(mode)({**features})["sentence_embedding"] for mode in (True, False))
+    torch.testing.assert_close(trained_on, expected)  # the prefix that it will give
     shorter.save_pretrained(str(tmp_path))
     again = SentenceTransformer(str(tmp_path), device="cpu", trust_remote_code=True)
     assert again.encode(TEXTS, quantize="codes").shape[1] == 6

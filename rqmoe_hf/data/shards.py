@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
+from ..saving import differences
+
 MANIFEST = "rqmoe_job.json"
 
 Report = Callable[[int], object]
@@ -128,9 +130,7 @@ def _claim(output: Path, settings: dict) -> None:
     manifest = output / MANIFEST
     if manifest.exists():
         found = json.loads(manifest.read_text("utf-8"))
-        if found != settings:
-            names = [name for name in {**found, **settings} if found.get(name) != settings.get(name)]
-            changes = "; ".join(f"{name}: {found.get(name)!r} there, {settings.get(name)!r} now" for name in names)
+        if changes := differences(found, settings):
             raise ValueError(
                 f"{output} holds the result of another job ({changes}): choose a new folder or delete it."
             )
