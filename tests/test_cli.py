@@ -87,6 +87,15 @@ def test_train_evaluate_compress_decompress_info(clustered, tmp_path, rqmoe):
     )
     assert tuned.returncode == 0, tuned.stderr
 
+    start = ["train", "--from", model, "--embeddings", str(tmp_path / "train.npy"), "-o", str(tmp_path / "again")]
+    refused = rqmoe(*start, "--bytes", "1", "--member", "additive", "--epochs", "1")
+    assert refused.returncode == 1 and "--member, --bytes would describe a new one" in refused.stderr
+    assert not (tmp_path / "again").exists()
+    changed = rqmoe(*start, "--epochs", "1", "--loss", "last_step", "--beam-size", "2", "--dropout", "0.1")
+    assert changed.returncode == 0, changed.stderr
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert (config["training_loss"], config["beam_size"], config["dropout"]) == ("last_step", 2, 0.1)
+
 
 def test_train_from_texts(encoder, tmp_path, rqmoe):
     lines = [f"The {color} {animal} {verb} over {number} fences." for color in ("red", "green", "grey") for animal in

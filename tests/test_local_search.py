@@ -254,3 +254,6 @@ def test_training_continues_where_it_was_stopped(clustered, tmp_path, monkeypatc
         np.testing.assert_array_equal(again, codebook)
     other = train_lsq(clustered, [16, 16, 4], **settings | {"seed": 1}, checkpoint=tmp_path / "lsq.npz")[0]
     assert not np.array_equal(other[0], whole[0])  # the file of another run is not continued
+    moved = clustered + 1.0
+    fresh, other = (train_lsq(moved, [16, 16, 4], **settings, checkpoint=file)[0] for file in (None, tmp_path / "lsq.npz"))  # noqa: E501
+    np.testing.assert_array_equal(other[0], fresh[0])  # nor that of other vectors

@@ -125,9 +125,47 @@ def test_the_finished_quantizer_may_search_wider(clustered, tmp_path):
     model = train_quantizer(config, *data, arguments(tmp_path), final_beam_size=8).eval()
     assert RQMoEModel.from_pretrained(tmp_path).config.beam_size == 8
     assert mse(model, clustered[:500]) < mse(model, clustered[:500], beam_size=1)
-    with pytest.raises(ValueError, match="final_beam_size must be at least 1, got 0"):
-        train_quantizer(config, *data, arguments(tmp_path / "other"), final_beam_size=0)
+    for settings, message in (
+        ({"final_beam_size": 0}, "final_beam_size must be at least 1, got 0"),
+        ({"init_method": "LSQ"}, "init_method must be one of rq, lsq, got 'LSQ'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_quantizer(config, *data, arguments(tmp_path / "other"), **settings)
     assert not (tmp_path / "other").exists()
+
+
+def test_checkpoints_of_another_run_are_not_continued(clustered, tmp_path):
+    """Nor is what one call was given changed by it: a notebook's cell runs again as it is."""
+    config, args = RQMoEConfig(**CONFIG), arguments(tmp_path, num_train_epochs=1)
+    data, held_out = load_embeddings(clustered), load_embeddings(clustered[:500])
+    weights = train_quantizer(config, data, held_out, args, final_beam_size=2).state_dict()
+    assert (config.beam_size, args.output_dir) == (4, str(tmp_path))
+    again = train_quantizer(config, data, held_out, args, final_beam_size=2)
+    assert all(torch.equal(weight, weights[name]) for name, weight in again.state_dict().items())
+    assert not list(tmp_path.rglob("checkpoints/checkpoints"))
+    others = {
+        "num_codebooks: 4 there, 2 now": (RQMoEConfig(**CONFIG | {"num_codebooks": 2}), data, {}),
+        "training_loss": (RQMoEConfig(**CONFIG, training_loss="last_step"), data, {}),
+        "init_method: 'rq' there, 'lsq' now": (config, data, {"init_method": "lsq"}),
+        "data": (config, load_embeddings(clustered[::-1].copy()), {}),
+        "started_from: None there": (again, data, {}),
+    }
+    before = (tmp_path / "model.safetensors").read_bytes()
+    for message, (other, vectors, settings) in others.items():
+        with pytest.raises(ValueError, match=message):
+            train_quantizer(other, vectors, held_out, args, final_beam_size=2, **settings)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_one_process_trains_on_one_gpu(clustered, tmp_path, caplog):
+    """The Trainer copies a model to all GPUs of its process otherwise."""
+    args = arguments(tmp_path, eval_strategy="no", load_best_model_at_end=False)
+    assert args.n_gpu <= 1
+    args._n_gpu = 2
+    with caplog.at_level(logging.WARNING):
+        trainer = RQMoETrainer(RQMoEModel(RQMoEConfig(**CONFIG)), args, train_dataset=load_embeddings(clustered))
+    assert "one of 2 GPUs" in caplog.text and "torchrun --nproc-per-node 2" in caplog.text
+    assert trainer.args.n_gpu == 1
 
 
 def test_the_additive_quantizer_may_search_wider_too(clustered, tmp_path):

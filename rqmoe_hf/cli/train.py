@@ -33,6 +33,13 @@ class Start(StrEnum):
     lsq = "lsq"
 
 
+# Options that describe a new quantizer, and those of a finished one that fine-tuning may change.
+NEW = ("member", "additive", "num_codebooks", "codebook_size", "codebook_sizes", "bytes_per_vector", "num_experts",
+       "num_expert_layers", "intermediate_size", "instruction_size", "conditioning", "init", "init_beam_size",
+       "init_rounds", "init_temperature")  # fmt: skip
+TUNED = {"loss": "training_loss"} | {name: name for name in ("dropout", "num_candidates", "beam_size", "local_search")}
+
+
 def _apply_recipe(context: typer.Context, file: Path | None) -> Path | None:
     """Takes the options that the command line leaves open from a YAML file of option names and values."""
     if file is None:
@@ -49,6 +56,7 @@ def _apply_recipe(context: typer.Context, file: Path | None) -> Path | None:
 
 
 def train(
+    context: typer.Context,
     output: Output,
     recipe: Annotated[
         Path | None,
@@ -144,7 +152,9 @@ def train(
     from ..training.run import LOCAL_SEARCH, LOCAL_SEARCH_BEAM
     from .advice import advice
 
+    given = [name for name in context.params if was_given(context, name)]
     check_source(embeddings, texts, encoder)
+    check_start(context, start_from, given)
     check_sizes(bytes_per_vector, codebook_sizes)
     if streaming:
         check_stream(max_steps, evaluation, bytes_per_vector, limit)
@@ -172,11 +182,11 @@ def train(
         num_codebooks, codebook_size = len(sizes), max(sizes)
     if additive:
         member, init = Member.additive, Start.lsq
-        choose_local_search = local_search is None and start_from is None
+        choose_local_search = local_search is None
         local_search = LOCAL_SEARCH if local_search is None else local_search
         beam_size = LOCAL_SEARCH_BEAM if beam_size is None else beam_size
     if start_from is not None:
-        model = load_quantizer(start_from)
+        model = load_quantizer(start_from, **{TUNED[name]: context.params[name] for name in given if name in TUNED})
     else:
         model = build_config(
             member,
@@ -245,6 +255,22 @@ def check_source(embeddings: str | None, texts: str | None, encoder: str | None)
     """Raises ValueError unless there is one source of embeddings."""
     if (embeddings is None) == (texts is None) or (texts is not None and encoder is None):
         raise ValueError("Give either --embeddings, or --texts and --encoder.")
+
+
+def was_given(context: typer.Context, name: str) -> bool:
+    """Whether an option is on the command line or in the recipe."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"  # by name: typer has click's enum, or its own copy of it
+
+
+def check_start(context: typer.Context, start_from: str | None, given: list[str]) -> None:
+    """Raises ValueError if a finished quantizer is to start from, and options describe another one."""
+    described = [option.opts[0] for option in context.command.params if option.name in given and option.name in NEW]
+    if start_from is not None and described:
+        raise ValueError(
+            f"--from {start_from} trains a finished quantizer further, and {', '.join(described)} would describe a new "
+            "one: leave out one or the other."
+        )
 
 
 def check_sizes(bytes_per_vector: int | None, codebook_sizes: str | None) -> None:

@@ -23,6 +23,7 @@ MIN_VECTORS_PER_CODEWORD = 4
 ENOUGH_VECTORS = 9
 CODE_BITS = (8, 11)
 BLOCK_BYTES = 16
+METHODS = {"rq": "Faiss RQ", "lsq": "LSQ"}
 BLOCK = 16_384  # vectors of which there is a copy in float64
 
 
@@ -64,8 +65,9 @@ def initialize(
         The model.
 
     Raises:
-        ValueError: If there are too few vectors or the method cannot do this codebook size.
+        ValueError: If there are too few vectors, there is no such method, or it cannot do this codebook size.
     """
+    check_method(method)
     config = model.config
     needed = MIN_VECTORS_PER_CODEWORD * config.codebook_size
     if embeddings.ndim != 2 or embeddings.shape[1] != config.hidden_size:
@@ -105,6 +107,12 @@ def initialize(
             projection = _projection(config.hidden_size, config.condition_size, seed)
             model.instructions.copy_(model.codebooks[:-1] @ projection.to(model.codebooks.device))
     return model
+
+
+def check_method(method: str) -> None:
+    """Raises ValueError for what is no way to begin."""
+    if method not in METHODS:
+        raise ValueError(f"init_method must be one of {', '.join(METHODS)}, got {method!r}.")
 
 
 def _moments(embeddings: np.ndarray) -> tuple[np.ndarray, float]:

@@ -12,6 +12,7 @@ regularised by what a codeword of its energy is worth. What the first two give i
 
 import os
 import time
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +34,7 @@ PRIOR_RIDGE = 6.0  # vectors that a codeword to stay near counts as
 JITTER, MAX_JITTER = 3.0, 0.5  # energy of what vectors are moved by, as a share of the error: per codeword and vector
 DOUBLE_COLUMNS = 4096  # equations that are solved in double precision
 SAVING_SHARE = 0.1  # of the time, at most, goes into writing checkpoints
+SUMMED = 1000  # vectors that a checkpoint's data are known by
 
 
 class EarlierCodebooks(Protocol):
@@ -110,6 +112,7 @@ def train_lsq(
     jitter = min(MAX_JITTER, JITTER * sum(sizes) / len(vectors)) if jitter is None else jitter
     run = [*vectors.shape, rounds, final_rounds, search_rounds, size, seed, temperature, jitter, *keep, *sizes]
     run += [known.checksum for known in (earlier, prior) if known is not None]
+    run.append(zlib.crc32(vectors[:: max(1, len(vectors) // SUMMED)].tobytes()))
     state = _State(sizes, vectors.shape, seed, torch.device(device), prior)
     state.restore(checkpoint, run)
     source = source or NeighborJitter(vectors, show_progress_bar=show_progress_bar, device=device)

@@ -1,5 +1,6 @@
 """One training run from configuration to finished checkpoint, resumable; the same for one process and for many."""
 
+import copy
 import json
 import logging
 import time
@@ -13,14 +14,15 @@ from datasets import Dataset, IterableDataset
 from transformers import TrainingArguments, set_seed
 
 from ..configuration_rqmoe import RQMoEConfig
+from ..data.jobs import fingerprint
 from ..data.sources import as_array, sample_array
 from ..evaluation import evaluate
 from ..modeling_rqmoe import RQMoEModel
 from ..record import RECORD_FILE, TRAINING_FILE, measure
-from ..saving import round_weights, save_whole, write_text
+from ..saving import differences, round_weights, save_whole, weights_checksum, write_text
 from .adaptation import adapt
 from .blocks import checkpoints
-from .initialization import initialize
+from .initialization import METHODS, check_method, initialize
 from .lsq import TEMPERATURE
 from .trainer import MAX_EVALUATION_VECTORS, RQMoETrainer, RQMoETrainingArguments, last_complete_checkpoint
 
@@ -32,7 +34,9 @@ LOCAL_SEARCH, LOCAL_SEARCH_BEAM = 32, 1  # with which codebooks of LSQ are used:
 MAX_LOCAL_SEARCH, WORTHWHILE = 256, 0.02  # rounds at most; error that twice the rounds must take off to be worth it
 TRIED_VECTORS = 1_000  # that rounds are tried on
 LSQ_FILE = "lsq.npz"  # beside the checkpoints, with a number: LSQ half done
+SAVED_WITH = ("_name_or_path", "architectures", "dtype", "transformers_version")  # of a config; not settings of a run
 ADDITIVE_FOLDER = "additive"  # beside the checkpoints: what training started from
+RUN_FILE = "run.json"  # beside the checkpoints: whose they are
 
 
 def train_quantizer(
@@ -53,13 +57,13 @@ def train_quantizer(
     """Initialises and trains a quantizer, and saves it to `args.output_dir`.
 
     A run that was interrupted continues from its last checkpoint in `output_dir/checkpoints` when it is started
-    again with the same arguments.
+    again with the same arguments. Those of the Trainer may be others, such as more epochs.
 
     Args:
-        model: Configuration of a new quantizer, or an initialised one to fine-tune.
+        model: Configuration of a new quantizer, or an initialised one to fine-tune, which is trained in place.
         train_dataset: Data set with an `embeddings` column; see [`load_embeddings`].
         eval_dataset: Held-out embeddings, never trained on.
-        args: Training arguments.
+        args: Training arguments; they are left as they are.
         init_method: See [`initialize`].
         init_sample_size: See [`initialize`].
         init_beam_size: See [`initialize`].
@@ -83,15 +87,19 @@ def train_quantizer(
         The model with the lowest validation error (if `args.load_best_model_at_end`), on the training device.
 
     Raises:
-        ValueError: If the final beam is none, or there are too few vectors ([`initialize`]).
+        ValueError: If the final beam is none, `init_method` is none of the two, there are too few vectors
+            ([`initialize`]), or the checkpoints are of a run with another quantizer or other vectors.
     """
-    _check_beam(final_beam_size)
+    _check_settings(init_method, final_beam_size)
     started = time.perf_counter()
-    output = Path(str(args.output_dir))
+    output, args = Path(str(args.output_dir)), copy.copy(args)
     args.output_dir = str(output / "checkpoints")
     checkpoint = last_complete_checkpoint(Path(args.output_dir))
     set_seed(args.seed)  # the Trainer seeds too, but the experts' random weights come before it
-    quantizer = RQMoEModel(model) if isinstance(model, RQMoEConfig) else model
+    start = (init_method, init_sample_size, init_beam_size, init_rounds, init_temperature)
+    run = _identify(model, train_dataset, args.seed, start)
+    _check_run(checkpoint, run)
+    quantizer = RQMoEModel(copy.deepcopy(model)) if isinstance(model, RQMoEConfig) else model
     without_gradients = not quantizer.config.has_experts and (
         init_method == "lsq" if isinstance(model, RQMoEConfig) else quantizer.config.local_search > 0
     )
@@ -101,6 +109,8 @@ def train_quantizer(
             _start(quantizer, train_dataset, args, init_method, init_sample_size, init_beam_size, annealing)
         elif without_gradients:
             _adapt(quantizer, train_dataset, eval_dataset, args, init_sample_size)
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        write_text(Path(args.output_dir) / RUN_FILE, json.dumps(run, indent=1) + "\n")
     if checkpoint is not None:
         quantizer = RQMoEModel.from_pretrained(checkpoint, dtype=torch.float32)
     share_weights(quantizer, args)
@@ -137,10 +147,40 @@ def train_quantizer(
     return quantizer
 
 
-def _check_beam(size: int | None) -> None:
+def _check_settings(init_method: str, final_beam_size: int | None) -> None:
     """Refuses what would come to light after hours of training only."""
-    if size is not None and size < 1:
-        raise ValueError(f"final_beam_size must be at least 1, got {size}.")
+    check_method(init_method)
+    if final_beam_size is not None and final_beam_size < 1:
+        raise ValueError(f"final_beam_size must be at least 1, got {final_beam_size}.")
+
+
+def _identify(
+    model: RQMoEConfig | RQMoEModel, dataset: Dataset | IterableDataset, seed: int, start: tuple
+) -> dict[str, Any]:
+    """What a run must have in common with the one whose checkpoints it continues."""
+    config = model if isinstance(model, RQMoEConfig) else model.config
+    names = ("init_method", "init_sample_size", "init_beam_size", "init_rounds", "init_temperature")
+    fields = json.loads(config.to_json_string(use_diff=False))  # as it will be read again
+    fields = {name: value for name, value in fields.items() if name not in SAVED_WITH}
+    return {
+        **fields,
+        **dict(zip(names, start, strict=True)),
+        "started_from": weights_checksum(model) if isinstance(model, RQMoEModel) else None,
+        "seed": seed,
+        "data": fingerprint(dataset) if isinstance(dataset, Dataset) else None,
+    }
+
+
+def _check_run(checkpoint: str | None, run: dict[str, Any]) -> None:
+    """Refuses to continue the checkpoints of another run, which would be saved as what this one was to be."""
+    file = Path(checkpoint or "").parent / RUN_FILE
+    if checkpoint is None or not file.is_file():
+        return
+    if changes := differences(json.loads(file.read_text("utf-8")), run):
+        raise ValueError(
+            f"{file.parent} has the checkpoints of another training ({changes}): choose a new output folder or delete "
+            "this one."
+        )
 
 
 def _start(
@@ -279,7 +319,7 @@ def _training_notes(
         "batch_size": args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
         "learning_rate": args.learning_rate,
         "loss": trainer.accelerator.unwrap_model(trainer.model).config.training_loss,
-        "start": {"rq": "Faiss RQ", "lsq": "LSQ"}[init] if isinstance(start, RQMoEConfig) else None,
+        "start": METHODS[init] if isinstance(start, RQMoEConfig) else None,
         "started_from": source and (Path(source).name if Path(source).is_dir() else source),
         "precision": "bfloat16" if args.bf16 else "float32",
         "seconds": next((round(entry["train_runtime"]) for entry in log if "train_runtime" in entry), None),

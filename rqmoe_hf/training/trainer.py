@@ -1,6 +1,7 @@
 """Training on transformers' Trainer: what differs for a quantizer is its evaluation and its defaults."""
 
 import json
+import logging
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from ..data.sampling import MANY_ROWS, PooledSampler
 from ..data.sources import EmbeddingRows, as_array, collate_rows
 from ..evaluation import evaluate
 from ..saving import write_text
+
+logger = logging.getLogger(__name__)
 
 MAX_EVALUATION_VECTORS = 20_000
 
@@ -81,6 +84,14 @@ class RQMoETrainer(Trainer):
         if kwargs.get("data_collator") is None:
             kwargs["data_collator"] = collate_rows
             train_dataset = EmbeddingRows(train_dataset) if isinstance(train_dataset, Dataset) else train_dataset
+        if args is not None and args.n_gpu > 1:  # the Trainer would copy the model to all of them: nn.DataParallel
+            logger.warning(
+                "This process trains on one of %d GPUs. For all of them start one process each: torchrun "
+                "--nproc-per-node %d -m rqmoe_hf train ...",
+                args.n_gpu,
+                args.n_gpu,
+            )
+            args._n_gpu = 1
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         if args is not None and args.max_grad_value is not None:
             self.add_callback(ClipGradientValues(args.max_grad_value))
