@@ -117,6 +117,10 @@ benchmark: benchmark-sets
 	$(BIN)/python benchmarks/quality.py --set mpnet-768 --limit 30000 --bytes 8 --methods "ours, additive x10"
 	$(BIN)/python benchmarks/quality.py --set minilm-384 --limit 50000 --bytes 64
 	$(BIN)/python benchmarks/quality.py --set minilm-384 --limit 50000 --bytes 64 --methods "ours, additive x8"
+	$(BIN)/python benchmarks/quality.py --set wordllama-256 --limit 50000 --bytes 64
+	$(BIN)/python benchmarks/quality.py --set wordllama-256 --limit 50000 --bytes 64 --methods "ours, additive x8"
+	$(BIN)/python benchmarks/quality.py --set mpnet-768 --limit 30000 --bytes 64
+	$(BIN)/python benchmarks/quality.py --set mpnet-768 --limit 30000 --bytes 64 --methods "ours, additive x8"
 	for set in wordllama-256 sift-128 fashion-mnist-784 mpnet-768; do \
 	  $(BIN)/python benchmarks/quality.py --set $$set --limit 100000 && \
 	  $(BIN)/python benchmarks/quality.py --set $$set --limit 100000 --methods $(ADDITIVE) || exit 1; done
@@ -125,7 +129,8 @@ benchmark: benchmark-sets
 	$(BIN)/python benchmarks/quality.py --set mpnet-768 --limit 30000 --bytes 8 --methods official --minutes 14
 	$(BIN)/python benchmarks/quality.py --set wordllama-256 --limit 100000 --bytes 8 --methods official --minutes 13
 	$(BIN)/python benchmarks/quality.py --set fashion-mnist-784 --bytes 8 --methods official --minutes 12
-	$(BIN)/python benchmarks/quality.py --set sift-128 --bytes 8 --methods LSQ "LSQ, 128 iterations" "ours, experts x8"
+	$(BIN)/python benchmarks/quality.py --set sift-128 --limit 400000 --bytes 8 \
+	  --methods LSQ "LSQ, 128 iterations" "ours, experts x8"
 	$(BIN)/python benchmarks/quality.py --set sift-128 --limit 100000 --bytes 8 16 --methods "ours, experts x8"
 	$(BIN)/python benchmarks/quality.py --set fashion-mnist-784 --bytes 8 --methods "ours, experts x8"
 	$(BIN)/python benchmarks/levers.py

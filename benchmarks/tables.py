@@ -18,6 +18,7 @@ from rivals.tables import (
     curve,
     everything,
     floor,
+    on_gpu,
     quality,
     quality_fashion,
     quality_mpnet,
@@ -95,7 +96,7 @@ def additive_cuda() -> str:
     ]
     for name in ("minilm-384", "mpnet-768", "wordllama-256"):
         for cell in environment.load(f"quality-{name}").get("cells", {}).values():
-            if cell["method"] == "ours, additive x10" and cell.get("gpu"):
+            if cell["method"] == "ours, additive x10" and on_gpu(cell):
                 lines.append(
                     f"| {name} | {cell['bytes']} | {cell['training_vectors']:,} | {cell['train_seconds']:.0f} s | "
                     f"{cell['encode_per_second']:,} | {cell['decode_per_second']:,} |"

@@ -7,10 +7,13 @@ from sets import SETS
 
 FLOAT_BYTES = 4 * 384
 COMPARED = 100_000  # training vectors of what is trained in the benchmark, or all that a smaller set has
-FEWER = {  # where others have been compared, too: an encoder is slow, or 64 bytes take hours
+OTHERS = {  # where others have been compared, too: an encoder is slow, 64 bytes take hours, or more than that is quick
     ("mpnet-768", 8): 30_000,
     ("mpnet-768", 32): 30_000,
+    ("mpnet-768", 64): 30_000,
     ("minilm-384", 64): 50_000,
+    ("wordllama-256", 64): 50_000,
+    ("sift-128", 8): 400_000,
 }
 SUMMARY = ("PQ", "OPQ", "RQ, beam 5", "LSQ", "LSQ x10")
 SHOWN = (*SUMMARY, "LSQ, 128 iterations", "RaBitQ (PCA)", "TurboQuant (PCA)", "binary, rescored", "int8", "float32")
@@ -20,7 +23,7 @@ Column = Callable[[dict], str]
 
 
 def cells(name: str) -> list[dict]:
-    """The cells of a set that are compared, larger errors first: trained on 100,000 vectors (or `FEWER`), or finished.
+    """The cells of a set that are compared, larger errors first: trained on 100,000 vectors (or `OTHERS`), or finished.
 
     Also what was trained on as many as its time allows, and says so.
     """
@@ -28,7 +31,7 @@ def cells(name: str) -> list[dict]:
     most = max((cell["training_vectors"] or 0 for cell in found if not cell["method"].startswith("ours:")), default=0)
     best: dict[tuple, dict] = {}
     for cell in found:
-        counts = (None, min(COMPARED, most), FEWER.get((name, cell["bytes"])))
+        counts = (None, min(COMPARED, most), OTHERS.get((name, cell["bytes"])))
         enough = cell["training_vectors"] in counts or "note" in cell  # which says why not all
         if cell["method"].startswith("ours:") or enough:  # weights that were trained anew take the old ones' place
             count = None if cell["method"].startswith("ours:") else cell["training_vectors"]
@@ -38,6 +41,8 @@ def cells(name: str) -> list[dict]:
 
 def label(cell: dict) -> str:
     """The name of a method as tables show it; what is ours in bold."""
+    if "epochs" in cell and not cell["method"].startswith("ours"):
+        return f"{cell['method']} ({cell['epochs']:.1f} epochs)"
     if not cell["method"].startswith("ours"):
         return cell["method"]
     if not cell["method"].startswith("ours:"):
@@ -48,13 +53,16 @@ def label(cell: dict) -> str:
 
 def summary() -> str:
     """README's first table: bytes, memory and recall beside the uncompressed vectors."""
-    lines = ["| | bytes per vector | 10 million vectors | recall@10 | R@10 |", "| --- | ---: | ---: | ---: | ---: |"]
-    lines.append(f"| float32 | {FLOAT_BYTES:,} | {FLOAT_BYTES / 100:.1f} GB | 1.000 | 1.000 |")
+    lines = [
+        "| | bytes per vector | 10 million vectors | trained on | recall@10 | R@10 |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        f"| float32 | {FLOAT_BYTES:,} | {FLOAT_BYTES / 100:.1f} GB | | 1.000 | 1.000 |",
+    ]
     for cell in sorted(cells("minilm-384"), key=lambda cell: (-cell["bytes"], -cell["recall_10_at_10"])):
-        if cell["bytes"] <= 32 and (cell["method"].startswith("ours:minilm-384") or cell["method"] in SUMMARY):
+        if cell["bytes"] <= 32 and (cell["method"].startswith("ours") or cell["method"] in SUMMARY):
             lines.append(
-                f"| {label(cell)} | {cell['bytes']} | {cell['bytes'] * 10:.0f} MB | {cell['recall_10_at_10']:.3f} | "
-                f"{cell['recall_at_1_10']:.3f} |"
+                f"| {label(cell)} | {cell['bytes']} | {cell['bytes'] * 10:.0f} MB | {cell['training_vectors']:,} | "
+                f"{cell['recall_10_at_10']:.3f} | {cell['recall_at_1_10']:.3f} |"
             )
     return "\n".join(lines)
 
@@ -89,6 +97,11 @@ def error_of(cell: dict) -> str:
     return f"{cell['mse']:.3f}" if cell["mse"] < 10 else f"{cell['mse']:,.0f}"
 
 
+def on_gpu(cell: dict) -> bool:
+    """Whether a method has run on the machine's GPU; Faiss has run on its processor."""
+    return bool(cell.get("gpu")) and cell["method"].startswith(SHOWN_PREFIXES)
+
+
 def columns_of(found: list[dict], everything: bool) -> dict[str, Column]:
     """The columns that cells have in common, or that some of them have."""
 
@@ -118,7 +131,7 @@ def columns_of(found: list[dict], everything: bool) -> dict[str, Column]:
         "training": lambda cell: f"{cell['train_seconds']:,.0f} s" if cell["train_seconds"] else "",
         "encoded/s": lambda cell: f"{cell['encode_per_second']:,}",
         "decoded/s": lambda cell: f"{cell['decode_per_second']:,}",
-        "threads": lambda cell: "GPU" if cell.get("gpu") else str(cell["threads"]["faiss"]),
+        "threads": lambda cell: "GPU" if on_gpu(cell) else str(cell["threads"]["faiss"]),
     }
     size: dict[str, Column] = {"codebooks": lambda cell: f"{cell['codebook_bytes'] / 1e6:.1f} MB"}
     columns = short | size if not everything else short | more | size | {"note": lambda cell: cell.get("note", "")}
@@ -210,21 +223,29 @@ def curve() -> str:
 
 
 def tasks() -> str:
-    """What similarity and retrieval keep."""
+    """What similarity and retrieval keep: ours, and at each number of bytes the rivals that keep most of one of them."""
     lines = [
         "| | bytes | compressed | STS Spearman | headwords, nDCG@10 | accuracy@1 | packages, nDCG@10 | accuracy@1 |",
         "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for cell in reversed(cells("minilm-384")):
-        found = cell.get("tasks", {})
-        if not cell["method"].startswith(("ours:", "float32")) or not found:
-            continue
+    measured = [cell for cell in reversed(cells("minilm-384")) if "tasks" in cell]
+    exact = next(cell for cell in measured if cell["method"] == "float32")
+    lines.append(_task_row("uncompressed", exact, "asymmetric", "nothing"))
+    own = [cell for cell in measured if cell["method"].startswith("ours:")]
+    for size in dict.fromkeys(cell["bytes"] for cell in own):
+        rivals = [cell for cell in measured if cell["bytes"] == size and not cell["method"].startswith("ours")]
         for side, words in (("asymmetric", "documents"), ("symmetric", "both sides")):
-            exact = cell["method"] == "float32"
-            if not exact or side == "asymmetric":
-                name, compressed = ("uncompressed", "nothing") if exact else (label(cell), words)
-                values = [f"{found[f'sts_spearman_{side}']:.1f}"]
-                for kind in ("known_item", "package"):
-                    values += [f"{found[f'{kind}_{key}_{side}']:.3f}" for key in ("ndcg_at_10", "accuracy_at_1")]
-                lines.append(f"| {name} | {cell['bytes']:,} | {compressed} | {' | '.join(values)} |")
+            keys = [f"{key}_{side}" for key in ("sts_spearman", "known_item_ndcg_at_10", "package_ndcg_at_10")]
+            best = [max(rivals, key=lambda cell: cell["tasks"].get(key, 0.0))["method"] for key in keys]
+            shown = [cell for cell in measured if cell["bytes"] == size and (cell in own or cell["method"] in best)]
+            lines += [_task_row(label(cell), cell, side, words) for cell in shown]
     return "\n".join(lines)
+
+
+def _task_row(name: str, cell: dict, side: str, compressed: str) -> str:
+    """One line of the table of tasks."""
+    values = [f"{cell['tasks'][f'sts_spearman_{side}']:.1f}"]
+    for kind in ("known_item", "package"):
+        keys = [f"{kind}_{key}_{side}" for key in ("ndcg_at_10", "accuracy_at_1")]
+        values += [f"{cell['tasks'][key]:.3f}" if key in cell["tasks"] else "" for key in keys]
+    return f"| {name} | {cell['bytes']:,} | {compressed} | {' | '.join(values)} |"
