@@ -23,7 +23,7 @@ Column = Callable[[dict], str]
 
 
 def cells(name: str) -> list[dict]:
-    """The cells of a set that are compared, larger errors first: trained on 100,000 vectors (or `OTHERS`), or finished.
+    """The cells of a set that are compared, larger errors first: trained on 100,000 vectors or `OTHERS`, or finished.
 
     Also what was trained on as many as its time allows, and says so.
     """
@@ -223,7 +223,7 @@ def curve() -> str:
 
 
 def tasks() -> str:
-    """What similarity and retrieval keep: ours, and at each number of bytes the rivals that keep most of one of them."""
+    """What similarity and retrieval keep: ours, and for each number of bytes the rivals that keep most of one task."""
     lines = [
         "| | bytes | compressed | STS Spearman | headwords, nDCG@10 | accuracy@1 | packages, nDCG@10 | accuracy@1 |",
         "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
