@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset
 from faiss.contrib.vecs_io import fvecs_write
 from tqdm.auto import tqdm
 
@@ -87,6 +87,33 @@ def test_rows_of_different_lengths_are_refused():
     dataset = load_embeddings(Dataset.from_dict({"embeddings": [[1.0, 2.0], [1.0]]}))
     with pytest.raises(ValueError, match="vectors of one length"):
         as_array(dataset)
+
+
+@pytest.mark.parametrize("kind", [pa.list_, pa.large_list, lambda number: pa.list_(number, 2)])
+@pytest.mark.parametrize("number", [pa.int8(), pa.int64(), pa.float16(), pa.float64()])
+def test_only_lists_of_floats_are_embeddings(kind, number):
+    """As with arrays: integers would be in other units than the quantizer's."""
+    rows = np.array([[1, 2], [3, 4]], number.to_pandas_dtype())
+    dataset = load_embeddings(Dataset(pa.table({"embeddings": pa.array(list(rows), kind(number))})))
+    if np.issubdtype(rows.dtype, np.floating):
+        assert np.array_equal(as_array(dataset), rows)
+    else:
+        with pytest.raises(ValueError, match=f"lists of floating point numbers, got a column of .*{number}"):
+            as_array(dataset)
+
+
+@pytest.mark.parametrize(("values", "kind"), [(["a", "b"], "string"), ([1.0, 2.0], "double"), ([[[1.0]]], "list")])
+def test_columns_of_no_vectors_are_refused(values, kind):
+    with pytest.raises(ValueError, match=f"lists of floating point numbers, got a column of {kind}"):
+        as_array(load_embeddings(Dataset.from_dict({"embeddings": values})))
+
+
+def test_a_split_that_is_not_there_is_refused(clustered, tmp_path):
+    rows = {"embeddings": clustered[:3].tolist()}
+    DatasetDict({"train": Dataset.from_dict(rows), "rest": Dataset.from_dict(rows)}).save_to_disk(tmp_path)
+    np.testing.assert_allclose(as_array(load_embeddings(tmp_path, split="rest")), clustered[:3], rtol=1e-6)
+    with pytest.raises(ValueError, match="no split 'test' in .*; the splits are train, rest"):
+        load_embeddings(tmp_path, split="test")
 
 
 def test_pickled_arrays_are_refused(tmp_path):

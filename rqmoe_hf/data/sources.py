@@ -31,15 +31,14 @@ def load_table(source: str | os.PathLike, split: str = "train", streaming: bool 
         streaming: Read rows as they come, without a copy in the cache.
 
     Raises:
-        ValueError: If there is no such source.
+        ValueError: If there is no such source, or it has no such split.
     """
     if is_url(source):
         return _built("parquet", parquet_urls(str(source)), streaming)
     path = Path(source)
     if path.is_dir():
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            loaded = load_from_disk(str(path))
-            return loaded[split] if isinstance(loaded, DatasetDict) else loaded
+            return _saved(path, split)
         files = sorted(str(file) for file in path.glob("*.parquet"))
         if not files:
             raise ValueError(f"No parquet files in the folder {path}.")
@@ -52,6 +51,16 @@ def load_table(source: str | os.PathLike, split: str = "train", streaming: bool 
     if path.suffix in (*FILE_BUILDERS, ".txt", ".npy", ".fvecs", ".bvecs") or str(source).count("/") > 1:
         raise ValueError(f"There is no file or folder {source}.")
     return load_dataset(str(source), split=split, streaming=streaming)
+
+
+def _saved(path: Path, split: str) -> Dataset:
+    """What `save_to_disk` wrote; of a DatasetDict the split."""
+    loaded = load_from_disk(str(path))
+    if not isinstance(loaded, DatasetDict):
+        return loaded
+    if split not in loaded:
+        raise ValueError(f"There is no split {split!r} in {path}; the splits are {', '.join(loaded)}: name one.")
+    return loaded[split]
 
 
 def _built(builder: str, files: str | list[str], streaming: bool) -> Dataset | IterableDataset:
@@ -124,7 +133,11 @@ def dataset_from_array(embeddings: np.ndarray) -> Dataset:
 
 
 def as_array(dataset: Dataset, rows: np.ndarray | None = None) -> np.ndarray:
-    """The embeddings of a data set (or of some of its rows), float32 `(n, d)`."""
+    """The embeddings of a data set (or of some of its rows), float32 `(n, d)`.
+
+    Raises:
+        ValueError: If the rows are no vectors of floats, all of one length.
+    """
     if rows is not None:
         dataset = dataset.select(rows)
     return _vectors_of(dataset.with_format("arrow")[:])
@@ -133,6 +146,13 @@ def as_array(dataset: Dataset, rows: np.ndarray | None = None) -> np.ndarray:
 def _vectors_of(table: pa.Table) -> np.ndarray:
     """The column `embeddings` of a table, float32 `(n, d)`."""
     column = table["embeddings"].combine_chunks()
+    kind = column.type
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if not lists or not pa.types.is_floating(kind.value_type):
+        raise ValueError(
+            f"Expected embeddings as lists of floating point numbers, got a column of {kind}. Name another column, or "
+            "convert it to float32, in the units of the training embeddings; int8-quantized ones must be rescaled."
+        )
     flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
     if column.null_count or flat.size % len(column) or _uneven(column):
         raise ValueError("The embeddings are not all vectors of one length: drop missing and cut rows first.")
