@@ -122,7 +122,7 @@ class RQMoEModel(RQMoEPreTrainedModel):
     @torch.no_grad()
     def encode(
         self,
-        embeddings: torch.Tensor,
+        embeddings: torch.Tensor | np.ndarray,
         num_candidates: int | None = None,
         beam_size: int | None = None,
         exact: bool = False,
@@ -132,7 +132,7 @@ class RQMoEModel(RQMoEPreTrainedModel):
         """Finds the codes of embeddings.
 
         Args:
-            embeddings: Floating point `(n, hidden_size)`, in the units of the training embeddings.
+            embeddings: Floating point `(n, hidden_size)`, in the units of the training embeddings; an array, too.
             num_candidates: Codewords evaluated exactly per beam entry and step; default from the config.
             beam_size: Partial codes kept per vector; default from the config.
             exact: Evaluate all codewords (`num_candidates` = `codebook_size`).
@@ -147,22 +147,20 @@ class RQMoEModel(RQMoEPreTrainedModel):
         Raises:
             ValueError: If the model is not initialised, or the embeddings are no finite floats of the right shape.
         """
-        self._require_initialized("encode")
-        self._check_embeddings(embeddings)
         settings = self._search_settings(num_candidates, beam_size, exact, num_codebooks)
-        target, rounds = self._standardize(embeddings), self._local_search(local_search)
-        codes, reconstruction = self._find_codes(target, settings, rounds)
-        return RQMoEEncoderOutput(codes=codes, reconstruction=self._unstandardize(reconstruction))
+        codes, reconstruction = self._encode(torch.as_tensor(embeddings), settings, local_search)
+        return RQMoEEncoderOutput(codes=codes, reconstruction=reconstruction)
 
     @can_return_tuple
     @torch.no_grad()
-    def decode(self, codes: torch.Tensor) -> RQMoEDecoderOutput:
+    def decode(self, codes: torch.Tensor | np.ndarray) -> RQMoEDecoderOutput:
         """Decodes codes, int `(n, m)` with m up to num_codebooks: a prefix of the codes gives a coarser vector.
 
         Raises:
             ValueError: If the model is not initialised, or the codes have a wrong shape, type or range.
         """
         self._require_initialized("decode")
+        codes = torch.as_tensor(codes)
         check_codes(codes, self.config.num_codebooks, self.config.code_sizes)
         tables = self._tables_for(self._compute_dtype())
         return RQMoEDecoderOutput(self._unstandardize(decode_codes(codes.to(self.codebooks.device), tables)))
@@ -250,12 +248,12 @@ class RQMoEModel(RQMoEPreTrainedModel):
         """
         embeddings = np.asarray(embeddings) if not isinstance(embeddings, np.ndarray) else embeddings
         self._check_embeddings(embeddings)
-        steps = self._search_settings(num_candidates, beam_size, exact, num_codebooks)["num_codebooks"]
-        size = bytes_per_vector(steps, self.config.code_sizes)
+        settings = self._search_settings(num_candidates, beam_size, exact, num_codebooks)
+        size = bytes_per_vector(settings["num_codebooks"], self.config.code_sizes)
         packed = np.empty((len(embeddings), size), dtype=np.uint8)
         for start, stop in _batches(len(embeddings), batch_size, "compress", show_progress_bar):
             batch = torch.from_numpy(np.array(embeddings[start:stop], dtype=np.float32))  # a copy: may be read-only
-            codes = self.encode(batch, num_candidates, beam_size, exact, steps, local_search).codes
+            codes, _ = self._encode(batch, settings, local_search, first=start)
             packed[start:stop] = pack_codes(codes.cpu().numpy(), self.config.code_sizes)
         return packed
 
@@ -336,12 +334,24 @@ class RQMoEModel(RQMoEPreTrainedModel):
             raise ValueError(f"{size} bytes may hold {fitting[0]} to {fitting[-1]} codes: give num_codebooks.")
         return fitting[-1]
 
+    @torch.no_grad()
+    def _encode(
+        self, embeddings: torch.Tensor, settings: dict[str, Any], local_search: int | None, first: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and reconstructions of a batch whose first row is number `first` of what the user gave."""
+        self._require_initialized("encode")
+        self._check_embeddings(embeddings, first)
+        target, rounds = self._standardize(embeddings), self._local_search(local_search)
+        codes, reconstruction = self._find_codes(target, settings, rounds)
+        return codes, self._unstandardize(reconstruction)
+
     def _find_codes(
         self, target: torch.Tensor, settings: dict[str, Any], local_search: int, settle_ties: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and standardised reconstructions of standardised vectors: beam search, then local search."""
-        blocks, dtype = blocks_of(self.config, settings.pop("num_codebooks")), self._compute_dtype()
-        return find_codes(target, self._tables_for, dtype, blocks, local_search, settle_ties, **settings)
+        search = dict(settings)
+        blocks, dtype = blocks_of(self.config, search.pop("num_codebooks")), self._compute_dtype()
+        return find_codes(target, self._tables_for, dtype, blocks, local_search, settle_ties, **search)
 
     def _local_search(self, rounds: int | None) -> int:
         if rounds is not None and rounds < 0:
@@ -370,21 +380,26 @@ class RQMoEModel(RQMoEPreTrainedModel):
                 "weights with RQMoEModel.from_pretrained(...)."
             )
 
-    def _check_embeddings(self, embeddings: torch.Tensor | np.ndarray) -> None:
+    def _check_embeddings(
+        self, embeddings: torch.Tensor | np.ndarray, first: int = 0, what: str = "embeddings"
+    ) -> None:
+        """Raises ValueError unless they are floats `(n, hidden_size)`, finite if a tensor; rows count from `first`."""
         size = self.config.hidden_size
         if embeddings.ndim != 2 or embeddings.shape[1] != size or not len(embeddings):
             hint = " Reshape a single vector to (1, hidden_size)." if embeddings.ndim == 1 else ""
-            raise ValueError(f"Expected embeddings of shape (n, {size}), n >= 1, got {tuple(embeddings.shape)}.{hint}")
+            raise ValueError(f"Expected {what} of shape (n, {size}), n >= 1, got {tuple(embeddings.shape)}.{hint}")
         tensor = embeddings if isinstance(embeddings, torch.Tensor) else None
         floating = tensor.is_floating_point() if tensor is not None else np.issubdtype(embeddings.dtype, np.floating)  # type: ignore[arg-type]
         if not floating:
             raise ValueError(
-                f"Expected floating point embeddings, got {embeddings.dtype}. Convert them to float32, in the units "
+                f"Expected floating point {what}, got {embeddings.dtype}. Convert them to float32, in the units "
                 "of the training embeddings; int8-quantized embeddings must be rescaled first."
             )
         if tensor is not None and not torch.isfinite(tensor).all():
-            row = int((~torch.isfinite(tensor)).any(dim=1).nonzero()[0])
-            raise ValueError(f"Embeddings must be finite, but row {row} of the batch holds NaN or infinity: drop it.")
+            row = first + int((~torch.isfinite(tensor)).any(dim=1).nonzero()[0])
+            raise ValueError(
+                f"{what.capitalize()} must be finite, but row {row} of those given holds NaN or infinity: drop it."
+            )
 
 
 def _look_up(tables: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:

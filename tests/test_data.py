@@ -178,6 +178,16 @@ def test_texts_are_embedded_piece_by_piece(encoder, tmp_path, steps, monkeypatch
     np.testing.assert_allclose(embeddings, SentenceTransformer(encoder).encode(texts), atol=1e-5)
 
 
+def test_a_row_that_is_not_finite_is_named_by_its_place_in_the_source(clustered, quantizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "VECTORS_AT_A_TIME", 30)
+    vectors = clustered[:200].copy()
+    vectors[[187, 190]] = np.inf
+    np.save(tmp_path / "in.npy", vectors)
+    model = RQMoEModel.from_pretrained(quantizer).eval()
+    with pytest.raises(ValueError, match="row 187 of the source"):
+        compress_shards(tmp_path / "in.npy", tmp_path / "codes", model, shard_size=70)
+
+
 def test_codes_of_another_quantizer_are_refused(clustered, quantizer, tmp_path):
     np.save(tmp_path / "in.npy", clustered[:100])
     model = RQMoEModel.from_pretrained(quantizer).eval()

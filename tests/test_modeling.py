@@ -198,8 +198,8 @@ def test_a_model_without_data_refuses(vectors, tmp_path):
         (torch.randn(16), r"Reshape a single vector"),
         (torch.empty(0, 16), r"got \(0, 16\)"),
         (torch.ones(3, 16, dtype=torch.int8), "floating point embeddings, got .*int8"),
-        (torch.full((3, 16), float("nan")), "row 0 of the batch holds NaN"),
-        (torch.tensor([[0.0] * 16, [float("inf")] * 16]), "row 1 of the batch"),
+        (torch.full((3, 16), float("nan")), "row 0 of those given holds NaN"),
+        (torch.tensor([[0.0] * 16, [float("inf")] * 16]), "row 1 of those given"),
     ],
 )
 def test_encode_refuses_bad_embeddings(paper_model, embeddings, message):
@@ -221,6 +221,23 @@ def test_encode_refuses_bad_embeddings(paper_model, embeddings, message):
 def test_decode_refuses_bad_codes(paper_model, codes, message):
     with pytest.raises(ValueError, match=message):
         paper_model.decode(codes)
+
+
+def test_compress_names_the_row_of_all_that_were_given(paper_model, vectors):
+    array = vectors.numpy().copy()
+    array[[207, 290], 3] = np.nan
+    with pytest.raises(ValueError, match="row 207 of those given"):
+        paper_model.compress(array, batch_size=50)
+
+
+def test_encode_and_decode_take_arrays(paper_model, vectors):
+    expected = paper_model.encode(vectors)
+    assert torch.equal(paper_model.encode(vectors.numpy()).codes, expected.codes)
+    for kind in (np.uint8, np.uint16, np.int64):
+        codes = expected.codes.numpy().astype(kind)
+        assert torch.equal(paper_model.decode(codes).reconstruction, paper_model.decode(expected.codes).reconstruction)
+    with pytest.raises(ValueError, match="integer codes, got float32"):
+        paper_model.decode(np.zeros((2, 4), np.float32))
 
 
 def test_decompress_refuses_what_are_no_packed_codes(paper_model):

@@ -54,7 +54,10 @@ class MakeBlock:
         texts = isinstance(self.steps[0], EmbedBatch)
         values = block[self.column][:] if texts else as_array(load_embeddings(block, self.column))
         results, size = [], TEXTS_AT_A_TIME if texts else VECTORS_AT_A_TIME
-        for piece in (values[first : first + size] for first in range(0, len(values), size)):
+        for first in range(0, len(values), size):
+            piece = values[first : first + size]
+            if not texts:
+                _check_finite(piece, start + first)
             batch = {self.column: piece}
             for step in self.steps:
                 batch = step(batch)
@@ -64,6 +67,14 @@ class MakeBlock:
         ids = {"id": block["id"][:]} if "id" in names else {}
         table = pa.table(ids | {self.result: fixed_size_column(np.concatenate(results))})
         return table.replace_schema_metadata(self.metadata)
+
+
+def _check_finite(vectors: np.ndarray, first: int) -> None:
+    """Names a bad row by its number in the whole source, of which a quantizer sees only a piece."""
+    bad = ~np.isfinite(vectors).all(axis=1)
+    if bad.any():
+        row = first + int(bad.argmax())
+        raise ValueError(f"Embeddings must be finite, but row {row} of the source holds NaN or infinity: drop it.")
 
 
 def embed_texts(
