@@ -6,11 +6,13 @@ from typing import Any
 
 import faiss
 import numpy as np
+import torch
 
 from .codes import sizes_of, truncate_codes, unpack_codes
 from .modeling_rqmoe import RQMoEModel
 
 MAX_QUERIES = 1_000
+MIN_VECTORS = 11  # a query, and ten that can be its neighbours
 
 
 @dataclass
@@ -78,9 +80,9 @@ def code_usage(codes: np.ndarray, codebook_size: int | Sequence[int]) -> tuple[l
 
 def split_queries(embeddings: np.ndarray, max_queries: int = MAX_QUERIES) -> tuple[np.ndarray, np.ndarray]:
     """Takes the first tenth of the embeddings, at most `max_queries`, as queries; the rest is the database."""
+    if len(embeddings) < MIN_VECTORS:
+        raise ValueError(f"Recall needs at least {MIN_VECTORS} vectors, got {len(embeddings)}: give more.")
     count = min(max_queries, len(embeddings) // 10)
-    if len(embeddings) - count < 10:
-        raise ValueError(f"Recall needs at least 12 vectors, got {len(embeddings)}.")
     return embeddings[:count], embeddings[count:]
 
 
@@ -109,14 +111,20 @@ def evaluate(
 
     Returns:
         One report per prefix.
+
+    Raises:
+        ValueError: If embeddings or queries are no finite vectors of the model's size, or are too few.
     """
     config = model.config
     if queries is None:
         queries, embeddings = split_queries(embeddings)
+    if len(embeddings) < 10:  # what Faiss fills the ranking up with would count as found
+        raise ValueError(f"Recall@10 needs at least 10 vectors beside the queries, got {len(embeddings)}: give more.")
+    model._check_embeddings(torch.from_numpy(np.array(queries, np.float32)), what="queries")
     embeddings = np.ascontiguousarray(embeddings, np.float32)
-    truth = nearest_neighbors(queries, embeddings, 10)
     search: dict[str, Any] = {"num_candidates": num_candidates, "beam_size": beam_size, "local_search": local_search}
-    packed = model.compress(embeddings, **search)
+    packed = model.compress(embeddings, **search)  # first: it checks them, which Faiss does not
+    truth = nearest_neighbors(queries, embeddings, 10)
     reports = []
     for steps in num_codebooks or [config.num_codebooks]:
         codes = truncate_codes(packed, config.num_codebooks, steps, config.code_sizes)

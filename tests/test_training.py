@@ -309,3 +309,24 @@ def test_evaluation_against_brute_force(clustered, tmp_path):
     assert reports[1].recall_10_at_10 == pytest.approx(shared, abs=1e-6)
     assert reports[1].mse == pytest.approx(np.square(database - restored).sum(1).mean(), rel=1e-5)
     assert reports[0].mse > reports[1].mse
+
+
+@pytest.mark.parametrize(
+    ("database", "queries", "message"),
+    [
+        (np.ones((20, 16)), np.ones((5, 8)), r"queries of shape \(n, 16\), n >= 1, got \(5, 8\)"),
+        (np.ones((20, 8)), np.ones((5, 16)), r"embeddings of shape \(n, 16\), n >= 1, got \(20, 8\)"),
+        (np.ones((20, 16)), np.full((5, 16), np.nan), "Queries must be finite, but row 0"),
+    ],
+)
+def test_evaluation_refuses_what_cannot_be_ranked(paper_model, database, queries, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(paper_model, database, queries)
+
+
+def test_evaluation_needs_ten_vectors_to_rank(paper_model, vectors):
+    array = vectors.numpy()
+    for fewest, queries in ((10, array[:20]), (11, None)):
+        with pytest.raises(ValueError, match=f"at least {fewest} vectors.*, got {fewest - 1}"):
+            evaluate(paper_model, array[: fewest - 1], queries)
+        assert evaluate(paper_model, array[:fewest], queries)[0].recall_10_at_10 == 1.0  # all ten are neighbours
