@@ -54,12 +54,13 @@ class RQMoEPreTrainedModel(PreTrainedModel):
                 with random ones, and a quantizer with random weights still gives codes.
         """
         loaded: Any
+        # Wrong shapes are named below. transformers would raise RuntimeError, as does torch for devices and memory.
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        except (SafetensorError, RuntimeError) as error:
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
             raise ValueError(
-                f"The weights of {pretrained_model_name_or_path} are damaged or of another model: {error}. "
-                "Download or save them again."
+                f"The weights of {pretrained_model_name_or_path} are damaged: {error}. Download or save them again."
             ) from error
         model, loading = loaded
         wrong = {kind: sorted(map(str, keys)) for kind, keys in loading.items() if keys}

@@ -160,6 +160,9 @@ def test_weights_of_other_shapes_types_and_containers(tmp_path, paper_model):
     save_file(weights | {"codebooks": weights["codebooks"].astype(np.int8)}, file)
     with pytest.raises(ValueError, match=r"no floats: codebooks \(I8\)"):
         RQMoEModel.from_pretrained(tmp_path)
+    save_file(weights | {"mean": np.zeros(17, np.float32), "quantizer.mean": weights["mean"]}, file)  # which is read?
+    with pytest.raises(ValueError, match=r"do not belong to its config.json: mismatched keys: \('mean', .*17"):
+        RQMoEModel.from_pretrained(tmp_path)
     file.unlink()
     torch.save({name: torch.from_numpy(array) for name, array in weights.items()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="no safetensors file"):

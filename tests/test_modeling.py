@@ -10,7 +10,7 @@ import torch
 from conftest import MEMBERS, randomize
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from rqmoe_hf import RQMoEConfig, RQMoEModel, load_quantizer, pack_codes
 from rqmoe_hf.data import compress_shards, decompress_shards
@@ -309,6 +309,17 @@ def test_a_broken_checkpoint_is_refused(paper_model, tmp_path, damage):
 
         save_file({"encoder.layer.0.weight": torch.zeros(3, 3)}, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="damaged|do not belong"):
+        RQMoEModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+def test_what_a_device_lacks_is_no_damage(paper_model, tmp_path, monkeypatch, error):
+    def load(*args, **kwargs):
+        raise error("PyTorch is not linked with support for mps devices")
+
+    paper_model.save_pretrained(tmp_path)
+    monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", load)
+    with pytest.raises(error, match="^PyTorch is not linked"):
         RQMoEModel.from_pretrained(tmp_path)
 
 
