@@ -1,5 +1,6 @@
 """The quantizers that come with the package."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,22 @@ def load_quantizer(name: str, dtype: str = "float32", revision: str | None = Non
         dtype: Of the experts' arithmetic: "float32", or "bfloat16" where the processor has it.
         revision: Branch, tag or commit on the Hub.
         config: Settings of its config to replace, such as `beam_size`.
+
+    Raises:
+        ValueError: If there is no such quantizer or dtype.
     """
-    source, settings = quantizer_source(name), {"revision": revision or "main", **config}
+    kind, source = named_dtype(dtype, ("float32", "bfloat16")), quantizer_source(name)
+    settings: dict[str, Any] = {"revision": revision or "main", **config}
     model = RQMoEModel.from_pretrained(source, dtype=torch.float32, **settings)
-    if dtype != "float32":
+    if kind != torch.float32:
         stored = weights_checksum(model)
-        model = RQMoEModel.from_pretrained(source, dtype=getattr(torch, dtype), **settings)
+        model = RQMoEModel.from_pretrained(source, dtype=kind, **settings)
         model.cast_from = (weights_checksum(model), stored)
     return model.eval()
+
+
+def named_dtype(name: str, allowed: Sequence[str]) -> torch.dtype:
+    """The dtype of a name; raises ValueError unless it is one of those allowed."""
+    if name not in allowed:
+        raise ValueError(f"dtype must be one of {', '.join(allowed)}, got {name!r}.")
+    return getattr(torch, name)

@@ -15,7 +15,7 @@ from datasets.fingerprint import Hasher
 
 from rqmoe_hf import RQMoEModel
 from rqmoe_hf.data import CompressBatch, EmbedBatch
-from rqmoe_hf.data.batches import as_matrix, encode_batches, token_batches
+from rqmoe_hf.data.batches import as_matrix, encode_batches, load_encoder, token_batches
 from rqmoe_hf.data.shards import fixed_size_column
 from rqmoe_hf.index.intake import TextEncoder
 
@@ -91,6 +91,14 @@ def test_missing_columns_and_texts_are_named(quantizer):
         CompressBatch(quantizer)({"id": [1], "vector": [[1.0]]})
     with pytest.raises(ValueError, match="'text' should hold texts, it has None"):
         EmbedBatch("none")({"text": ["a", None]})
+
+
+@pytest.mark.parametrize("name", ["fp16", "float64", "nn"])
+def test_dtypes_that_there_are_not_are_refused(quantizer, name):
+    with pytest.raises(ValueError, match=f"dtype must be one of float32, bfloat16, float16, got '{name}'"):
+        load_encoder("none", name)
+    with pytest.raises(ValueError, match=f"dtype must be one of float32, bfloat16, got '{name}'"):
+        CompressBatch(quantizer, dtype=name)({"embeddings": np.ones((2, 16), np.float32)})
 
 
 def test_embed_batch(encoder):

@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..bundled import load_quantizer
+from ..bundled import load_quantizer, named_dtype
 from ..modeling_rqmoe import RQMoEModel
 
 if TYPE_CHECKING:
@@ -166,10 +166,11 @@ class EmbedBatch:
 
 
 def load_encoder(encoder: str, dtype: str = "float32", device: str | None = None):
-    """Loads a SentenceTransformer whose weights have the dtype named."""
+    """Loads a SentenceTransformer whose weights have the dtype named: float32, bfloat16 or float16."""
+    kind = named_dtype(dtype, ("float32", "bfloat16", "float16"))
     from sentence_transformers import SentenceTransformer
 
-    return SentenceTransformer(str(encoder), device=device, model_kwargs={"dtype": getattr(torch, dtype)})
+    return SentenceTransformer(str(encoder), device=device, model_kwargs={"dtype": kind})
 
 
 def encode_batches(model, texts: list[str], batch_size: int, show_progress_bar: bool = False) -> np.ndarray:
