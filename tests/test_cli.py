@@ -205,6 +205,12 @@ def test_convert(clustered, tmp_path, rqmoe):
         (["convert", "none.pt", "-o", "out", "--format", "official"], "--scale belongs to --format official"),
         (["convert", "none.pt", "-o", "out", "--format", "qinco"], "There is no file none.pt"),
         (["embed", "none.txt", "-o", "out", "--encoder", "x"], "no file or folder none.txt"),
+        (
+            ["evaluate", "a.npy", "--model", "none", "--save", "--json", "b.json", "--prefixes", "--queries", "c.npy",
+             "--beam-size", "8", "--num-candidates", "8", "--local-search", "0"],
+            "--queries, --prefixes, --num-candidates, --beam-size, --local-search, --json: not with --save",
+        ),
+        (["compress", "a.npy", "-o", "out", "--model", "none", "--dtype", "fp16"], "float32, bfloat16, got 'fp16'"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path, monkeypatch, arguments, message, rqmoe):
@@ -216,8 +222,37 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, monkeypatch, argument
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_recipe_with_a_typo_is_refused(tmp_path, rqmoe):
-    (tmp_path / "recipe.yaml").write_text("codebok_size: 16\n")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--limit", "4"], "at least 11 held-out ones, got 4 and 0"),
+        (["--limit", "54"], "got 44 and 10"),
+        (["--limit", "0"], "got 0 and 0"),
+        (["--evaluation-size", "0"], "got 600 and 0"),
+        (["--limit", "0", "--evaluation", "vectors.npy"], "got 0 and 600"),
+        (["--evaluations-per-epoch", "0"], "Invalid value for '--evaluations-per-epoch'"),
+    ],
+)
+def test_training_on_nothing_is_refused(clustered, tmp_path, monkeypatch, options, message, rqmoe):
+    monkeypatch.chdir(tmp_path)
+    np.save("vectors.npy", clustered[:600])
+    result = rqmoe("train", "--embeddings", "vectors.npy", "-o", "out", *options)
+    assert result.returncode in (1, 2)  # 2: refused by the option itself
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["vectors.npy"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("codebok_size: 16\n", "codebok_size"),
+        ("epochs: 1\nlimit: ]\nseed: 0\n", "recipe.yaml is no YAML in line 2: "),
+        ("epochs: \0\n", "recipe.yaml is no YAML: unacceptable character"),
+    ],
+)
+def test_a_recipe_with_a_typo_is_refused(tmp_path, text, message, rqmoe):
+    (tmp_path / "recipe.yaml").write_text(text)
     result = rqmoe("train", "--recipe", str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "out"))
     assert result.returncode == 1
-    assert "codebok_size" in result.stderr
+    assert message in result.stderr and "Traceback" not in result.stderr

@@ -176,6 +176,7 @@ def test_mistakes_are_messages(saved, clustered, tmp_path, monkeypatch):
     rqmoe("build", "index", "vectors.npy", "--model", saved)
     for arguments, message in [
         (["build", "index", "vectors.npy", "--model", saved, "--metric", "l2"], "an index with metric cosine"),
+        (["build", "index", "vectors.npy", "--model", saved, "--num-codebooks", "1"], "with num_codebooks 4: choose"),
         (["build", "other", "none.npy", "--model", saved], "There is no file none.npy"),
         (["build", "other", "vectors.npy", "--model", saved, "--metadata", "x"], "There is no column 'x'"),
         (["add", "nowhere", "vectors.npy"], "holds no index"),

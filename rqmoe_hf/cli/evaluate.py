@@ -55,6 +55,9 @@ def evaluate(
 
     if sum(given is not None for given in (source, embeddings, texts)) != 1:
         raise ValueError("Give embeddings, or --texts, to measure on.")
+    if save:
+        _check_save(queries=queries, prefixes=prefixes or None, num_candidates=num_candidates, beam_size=beam_size,
+                    local_search=local_search, json=output)  # fmt: skip
     quantizer = load_quantizer(model, dtype, revision)
     if texts is not None:
         vectors = _embed_sample(texts, encoder or quantizer.config.base_model, text_column, split, limit or 5_000)
@@ -112,6 +115,16 @@ def _embed_sample(texts: str, encoder: str | None, text_column: str, split: str,
         raise ValueError(f"There is no column {text_column!r}; the columns are {', '.join(table.column_names)}.")
     rows = np.sort(np.random.default_rng(0).permutation(len(table))[:limit])
     return encode_batches(load_encoder(encoder), table.select(rows)[text_column][:], 64, show_progress_bar=True)
+
+
+def _check_save(**options) -> None:
+    """Raises ValueError if an option is given that the evaluation beside a quantizer leaves no choice of."""
+    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
+    if given:
+        raise ValueError(
+            f"{', '.join(given)}: not with --save, which measures every prefix by the quantizer's own search, with a "
+            "tenth of the embeddings as queries. Run the command once with --save and once without."
+        )
 
 
 def _save(quantizer, vectors, model: str, source) -> None:

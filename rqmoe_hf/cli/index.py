@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -51,8 +51,11 @@ def build(
     quantizer = load_quantizer(model, revision=revision)
     if (folder / MANIFEST).exists():
         index = RQMoEIndex.load(folder, quantizer, encoder)
-        asked = {"metric": metric, "kind": kind, "keep_floats": keep_floats}
-        other = [f"{name} {index.settings[name]}" for name, value in asked.items() if index.settings[name] != value]
+        held = index.settings | {"num_codebooks": index.settings["quantizer"]["num_codebooks"]}
+        asked: dict[str, Any] = {"metric": metric, "kind": kind, "keep_floats": keep_floats}
+        if num_codebooks is not None:
+            asked["num_codebooks"] = num_codebooks
+        other = [f"{name} {held[name]}" for name, value in asked.items() if held[name] != value]
         if other:
             raise ValueError(f"{folder} holds an index with {', '.join(other)}: choose a new folder or delete it.")
     else:

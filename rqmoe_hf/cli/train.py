@@ -46,7 +46,13 @@ def _apply_recipe(context: typer.Context, file: Path | None) -> Path | None:
         return None
     import yaml
 
-    options = yaml.safe_load(file.read_text("utf-8"))
+    try:
+        options = yaml.safe_load(file.read_text("utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)  # characters that YAML excludes have a position, but no line
+        place = "" if mark is None else f" in line {mark.line + 1}"
+        reason = " ".join(str(getattr(error, "problem", error)).split())
+        raise ValueError(f"{file} is no YAML{place}: {reason}. Write each option as `name: value`.") from error
     known = {parameter.name for parameter in context.command.params}
     if not isinstance(options, dict) or not set(options) <= known:
         unknown = sorted(set(options) - known) if isinstance(options, dict) else options
@@ -129,7 +135,7 @@ def train(
     max_grad_value: Annotated[float | None, typer.Option(help="Clip gradient entries to this.")] = None,
     patience: Annotated[int | None, typer.Option(help="Stop after so many evaluations without gain.")] = None,
     evaluations_per_epoch: Annotated[
-        int, typer.Option(help="Evaluations, with a checkpoint each; in all, with --max-steps.")
+        int, typer.Option(min=1, help="Evaluations, with a checkpoint each; in all, with --max-steps.")
     ] = 1,
     bf16: Annotated[bool, typer.Option(help="bfloat16 arithmetic where it is safe.")] = False,
     half_size: Annotated[bool, typer.Option(help="Round the result to bfloat16 values: half the file.")] = False,
@@ -170,6 +176,7 @@ def train(
         held_out = load_embeddings(evaluation, column, split)
         held_out = held_out.select(range(min(evaluation_size, len(held_out))))
     count = limit if streaming else len(dataset)
+    check_counts(count, len(held_out))
     parts, sizes, blocks, choose_local_search = parse_sizes(codebook_sizes), None, None, False
     if bytes_per_vector is not None:
         assert count is not None  # checked above
@@ -288,6 +295,18 @@ def check_stream(max_steps: int, evaluation: str | None, bytes_per_vector: int |
         raise ValueError("A stream has no length and cannot be split: give --max-steps and --evaluation.")
     if bytes_per_vector is not None and limit is None:
         raise ValueError("--bytes chooses by the number of embeddings, which a stream does not tell: give --limit.")
+
+
+def check_counts(count: int | None, held_out: int) -> None:
+    """Raises ValueError unless there are embeddings to train on, if their number is known, and to measure on."""
+    from ..evaluation import MIN_VECTORS
+
+    if count == 0 or held_out < MIN_VECTORS:
+        raise ValueError(
+            f"Training needs embeddings and at least {MIN_VECTORS} held-out ones, got {count} and {held_out}. At most "
+            "a fifth is held out: give more embeddings, others with --evaluation, or a larger --limit or "
+            "--evaluation-size."
+        )
 
 
 def parse_sizes(text: str | None) -> list[list[int]] | None:
