@@ -317,7 +317,10 @@ def test_other_sites_can_neither_ask_nor_frame_the_page(port):
         assert status == 400 or "answers to" in json.loads(text)["error"]
     for host in ("localhost", f"LOCALHOST:{port}", "[::1]:1"):
         assert ask(port, "/api/search", body, Host=host)[0] == 200
-    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):  # what browsers send to other sites unasked
+    for kind in ("application/json; charset=utf-8", "Application/JSON", "application/json ;charset=UTF-8"):
+        assert ask(port, "/api/search", body, **{"Content-Type": kind})[0] == 200
+    unasked = ("text/plain", "application/x-www-form-urlencoded", "")  # what browsers send to other sites
+    for kind in (*unasked, "text/plain; application/json", "text/plain;charset=application/json"):
         assert ask(port, "/api/search", body, **{"Content-Type": kind})[0] == 415
     _, headers, page = ask(port, "/")
     assert "Access-Control-Allow-Origin" not in headers

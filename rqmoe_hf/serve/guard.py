@@ -53,7 +53,7 @@ class Guard:
         try:
             if self._hosts is not None and _host(scope) not in self._hosts:
                 raise HTTPException(421, f"This server answers to {', '.join(sorted(self._hosts))} only.")
-            if scope["method"] == "POST" and _header(scope, b"content-type") != "application/json":
+            if scope["method"] == "POST" and _media_type(scope) != "application/json":
                 raise HTTPException(415, "Send JSON, with the header Content-Type: application/json.")
             body = await _read(receive)
         except HTTPException as error:
@@ -68,6 +68,11 @@ class Guard:
 
 def _header(scope: Scope, name: bytes) -> str:
     return dict(scope["headers"]).get(name, b"").decode("latin-1")
+
+
+def _media_type(scope: Scope) -> str:
+    """What the body of a request is said to be, in lower case, without parameters such as a charset."""
+    return _header(scope, b"content-type").partition(";")[0].strip().lower()
 
 
 def _host(scope: Scope) -> str | None:
