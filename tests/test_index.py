@@ -251,6 +251,16 @@ def test_what_add_takes(additive, clustered):
     np.testing.assert_allclose(index.reconstruct([0, 7, 79]), additive.decompress(codes[[0, 7, 12]]), rtol=1e-5)
 
 
+def test_ids_are_integers_of_64_bits_to_the_last(additive, clustered):
+    index, least, largest = RQMoEIndex(additive), -(2**63), 2**63 - 1
+    index.add(clustered[:2], ids=[least, largest])
+    assert sorted(index.search(clustered[0], 2)[1].tolist()) == [least, largest]
+    with pytest.raises(ValueError, match="Counting ids on from 9223372036854775807 .* give ids"):
+        index.add(clustered[2:3])
+    index.add(clustered[2:3], ids=[largest - 1])
+    assert len(index) == 3
+
+
 def test_codes_are_those_of_the_quantizer_and_the_version_tells_of_changes(additive, clustered, tmp_path, monkeypatch):
     monkeypatch.setattr("rqmoe_hf.index.documents.CHUNK", 64)  # several batches
     names = [f"vector {number}" for number in range(150)]

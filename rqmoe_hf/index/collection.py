@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..modeling_rqmoe import RQMoEModel
 from .documents import CHUNK, Database, Document, Id, State, codes_array, in_order
 from .filters import Filter
-from .inputs import as_ids, check_lengths, ids_array
+from .inputs import INT64, as_ids, check_lengths, ids_array
 from .intake import Batch, Encoder, Intake
 from .ranking import Ranker
 from .settings import Duplicates, check_choice
@@ -193,13 +193,14 @@ class Collection:
         given = None if ids is None else as_ids(ids)
         check_lengths(len(batch), ids=given)
         with self._writing() as state:
-            given = list(range(state.next_id, state.next_id + len(batch))) if given is None else given
+            given = _counted(state, len(batch)) if given is None else given
             places, replaced = self._database.resolve(given, duplicates)
             self._database.delete(replaced)
             self._database.insert((batch.row(place, given[place]) for place in places), state)
             added = [given[place] for place in places]
             state.count += len(added) - len(replaced)
-            state.next_id = max([state.next_id, *(id + 1 for id in added if isinstance(id, int))])
+            following = (min(id + 1, INT64.max) for id in added if isinstance(id, int))
+            state.next_id = max([state.next_id, *following])
             if source is not None:
                 state.sources = json.dumps(json.loads(state.sources) | dict([source]))
         return ids_array(added)
@@ -326,3 +327,14 @@ class Collection:
                 self._folder.claim()
                 self._folder.read()  # another writer may have changed it
         return self._folder
+
+
+def _counted(state: State, count: int) -> list[Id]:
+    """Ids for vectors that come without.
+
+    Raises:
+        ValueError: If the integers of 64 bits do not suffice: the largest one may be in use already.
+    """
+    if state.next_id + count > INT64.max:
+        raise ValueError(f"Counting ids on from {state.next_id} leaves the integers of 64 bits: give ids.")
+    return list(range(state.next_id, state.next_id + count))
