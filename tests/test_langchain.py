@@ -196,6 +196,23 @@ def test_a_collection_with_integer_ids(quantizer, embedding):
         store.add_texts(["one with a random id"])
 
 
+@pytest.mark.parametrize("id", [0, -1, 7, -(2**63), 10**18, 2**63 - 1])
+def test_integer_ids_are_the_strings_that_they_are_written_as(quantizer, embedding, id):
+    collection = RQMoEIndex(quantizer)
+    collection.add(embedding.embed_documents(["the one", "another"]), texts=["the one", "another"], ids=[id, 5])
+    store = RQMoEVectorStore(embedding, index=collection)
+    assert store.get_by_ids([str(id)]) == [Document("the one", id=str(id))]
+    others = [f"0{id}", f"+{id}", f" {id}", f"{id}_0", str(id).replace("-", "-0"), str(2**63), str(-(2**63) - 1), "-0"]
+    others = [other for other in others if other != str(id)]
+    assert store.get_by_ids(others) == []
+    store.delete(others)
+    with pytest.raises(ValueError, match="of type int, got '007'"):
+        store.add_texts(["new"], ids=["007"])
+    assert len(collection) == 2
+    store.delete([str(id)])
+    assert [document.id for document in collection.documents()] == [5]
+
+
 def test_a_sentence_transformers_model_embeds(encoder):
     model = SentenceTransformer(encoder)
     store = RQMoEVectorStore(model, "minilm-384-32-bytes")

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ..index import RQMoEIndex
+from ..index.inputs import INT64
 from ..modeling_rqmoe import RQMoEModel
 
-INTEGER = re.compile(r"-?[0-9]{1,18}")
+INTEGER = re.compile(r"0|-?[1-9][0-9]{0,18}")  # as `str` writes them: "007" is another id than 7
 
 
 def open_index(
-    quantizer: RQMoEModel | str | None,
+    quantizer: RQMoEModel | str | os.PathLike | None,
     folder: str | os.PathLike | None,
     index: RQMoEIndex | None,
     settings: dict[str, Any],
@@ -60,5 +61,10 @@ def own_ids(index: RQMoEIndex, ids: Iterable[str], missing_ok: bool = False) -> 
     """
     if index.id_type is not int:
         return list(ids)
-    found = [int(id) if INTEGER.fullmatch(id) else id for id in ids]
+    found = [int(id) if _is_own(id) else id for id in ids]
     return [id for id in found if isinstance(id, int)] if missing_ok else found
+
+
+def _is_own(id: str) -> bool:
+    """Whether an index with integers as ids can have an id whose text this is."""
+    return INTEGER.fullmatch(id) is not None and INT64.min <= int(id) <= INT64.max
