@@ -1,5 +1,6 @@
 """The quantizers that come with the package."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,13 @@ def quantizer_source(name: str) -> str:
     return str(bundled.get(name, name))
 
 
-def load_quantizer(name: str, dtype: str = "float32", revision: str | None = None, **config: Any) -> RQMoEModel:
+def load_quantizer(
+    name: str | os.PathLike, dtype: str = "float32", revision: str | None = None, **config: Any
+) -> RQMoEModel:
     """Loads a quantizer by its bundled name, its folder or its Hub id.
 
     Args:
-        name: For example "minilm-384-32-bytes", "runs/mine" or "org/name".
+        name: For example "minilm-384-32-bytes", "runs/mine", a `Path` or "org/name".
         dtype: Of the experts' arithmetic: "float32", or "bfloat16" where the processor has it.
         revision: Branch, tag or commit on the Hub.
         config: Settings of its config to replace, such as `beam_size`.
@@ -54,7 +57,7 @@ def load_quantizer(name: str, dtype: str = "float32", revision: str | None = Non
     Raises:
         ValueError: If there is no such quantizer or dtype.
     """
-    kind, source = named_dtype(dtype, ("float32", "bfloat16")), quantizer_source(name)
+    kind, source = named_dtype(dtype, ("float32", "bfloat16")), quantizer_source(os.fspath(name))
     settings: dict[str, Any] = {"revision": revision or "main", **config}
     model = RQMoEModel.from_pretrained(source, dtype=torch.float32, **settings)
     if kind != torch.float32:

@@ -14,7 +14,7 @@ import pytest
 from conftest import MEMBERS, SIZE, randomize
 from index_workers import MODEL, text_of, vector_of, wait_for
 
-from rqmoe_hf import RQMoEModel
+from rqmoe_hf import RQMoEModel, bundled_quantizers
 from rqmoe_hf.index import Document, RQMoEIndex, verify
 from rqmoe_hf.index.documents import State
 from rqmoe_hf.index.storage import DATABASE, LOCK, MANIFEST
@@ -324,6 +324,31 @@ def test_saving_an_index_that_has_no_folder(tmp_path, clustered):
     index.close()  # a second time is harmless
     with pytest.raises(ValueError, match="The index is closed: open its folder again"):
         len(index)
+
+
+def test_relative_names_mean_what_they_did_when_they_were_given(tmp_path, monkeypatch, clustered):
+    """A process may change its working directory, and another one have another."""
+    monkeypatch.chdir(tmp_path)
+    MODEL.save_pretrained("quantizer")
+    (tmp_path / "elsewhere").mkdir()
+    with RQMoEIndex("quantizer", "index", encoder="quantizer") as index:
+        index.add(clustered[:150])
+        monkeypatch.chdir("elsewhere")
+        index.add(clustered[150:200])
+        index.save()
+        assert index.folder == tmp_path / "index" and index.settings["encoder"] == str(tmp_path / "quantizer")
+    with RQMoEIndex.load("../index") as index:  # finds the quantizer by itself
+        assert len(index) == 200
+    assert verify(tmp_path / "index") == [] and list(Path().iterdir()) == []
+
+
+def test_a_quantizer_is_given_by_its_path(tmp_path):
+    name = "minilm-384-8-bytes"
+    folder = bundled_quantizers()[name]
+    with RQMoEIndex(folder, tmp_path / "index") as index:
+        assert index.settings["quantizer"]["model"] == name
+    with RQMoEIndex.load(tmp_path / "index", folder) as index:
+        assert index.quantizer.name_or_path == str(folder)
 
 
 def test_nothing_unfinished_is_left_over(filled, clustered):

@@ -64,7 +64,7 @@ class RQMoEIndex(Collection):
 
     def __init__(
         self,
-        quantizer: RQMoEModel | str,
+        quantizer: RQMoEModel | str | os.PathLike,
         folder: str | os.PathLike | None = None,
         *,
         metric: Metric = "cosine",
@@ -74,7 +74,7 @@ class RQMoEIndex(Collection):
         num_codebooks: int | None = None,
         keep_floats: bool = False,
     ):
-        quantizer = load_quantizer(quantizer) if isinstance(quantizer, str) else quantizer
+        quantizer = quantizer if isinstance(quantizer, RQMoEModel) else load_quantizer(quantizer)
         settings = make_settings(quantizer, metric, kind, num_lists, encoder, num_codebooks, keep_floats)
         place = None if folder is None else IndexFolder(folder)
         database = Database(None) if place is None else place.create(settings)
@@ -84,7 +84,7 @@ class RQMoEIndex(Collection):
     def load(
         cls,
         folder: str | os.PathLike,
-        quantizer: RQMoEModel | str | None = None,
+        quantizer: RQMoEModel | str | os.PathLike | None = None,
         encoder: Encoder | None = None,
         check: bool = True,
     ) -> "RQMoEIndex":
@@ -110,14 +110,14 @@ class RQMoEIndex(Collection):
 
     @classmethod
     def _load(
-        cls, place: IndexFolder, quantizer: RQMoEModel | str | None, encoder: Encoder | None, check: bool,
-        immutable: bool = False,
+        cls, place: IndexFolder, quantizer: RQMoEModel | str | os.PathLike | None, encoder: Encoder | None,
+        check: bool, immutable: bool = False,
     ) -> "RQMoEIndex":  # fmt: skip
         manifest = place.read()
         made_by = manifest["quantizer"]
         if quantizer is None:
             quantizer = load_quantizer(made_by["model"], revision=made_by["revision"])
-        elif isinstance(quantizer, str):
+        elif not isinstance(quantizer, RQMoEModel):
             quantizer = load_quantizer(quantizer)
         check_quantizer(made_by, quantizer, place.path)
         while True:
@@ -269,7 +269,7 @@ class RQMoEIndex(Collection):
     def from_pretrained(
         cls,
         repo_id: str,
-        quantizer: RQMoEModel | str | None = None,
+        quantizer: RQMoEModel | str | os.PathLike | None = None,
         encoder: Encoder | None = None,
         *,
         folder: str | os.PathLike | None = None,

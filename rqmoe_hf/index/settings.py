@@ -1,6 +1,7 @@
 """What a collection is: decided when it is made, and kept in its manifest."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from ..bundled import bundled_name
@@ -37,7 +38,7 @@ def make_settings(
     steps = config.num_codebooks if num_codebooks is None else num_codebooks
     if not 1 <= steps <= config.num_codebooks:
         raise ValueError(f"num_codebooks must lie between 1 and {config.num_codebooks}, got {num_codebooks}.")
-    source = quantizer.name_or_path or ""
+    source = _lasting(quantizer.name_or_path or "")
     made_by = maker_record(quantizer, steps) | {"model": bundled_name(source) or source}
     return {
         "format": FORMAT,
@@ -46,8 +47,13 @@ def make_settings(
         "kind": kind,
         "num_lists": num_lists,
         "keep_floats": keep_floats,
-        "encoder": encoder if isinstance(encoder, str) else None,
+        "encoder": _lasting(encoder) if isinstance(encoder, str) else None,
     }
+
+
+def _lasting(name: str) -> str:
+    """A name that means the same from every working directory: of a folder the absolute path, of others as it is."""
+    return str(Path(name).absolute()) if name and Path(name).is_dir() else name
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -64,7 +64,7 @@ class RQMoEShards:
     def __init__(
         self,
         folders: Sequence[str | os.PathLike],
-        quantizer: RQMoEModel | str | None = None,
+        quantizer: RQMoEModel | str | os.PathLike | None = None,
         encoder: Encoder | None = None,
         check: bool = True,
     ):

@@ -32,7 +32,7 @@ class IndexFolder:
     """
 
     def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # stays the same folder when the process changes to another one
         self.manifest: dict = {}
         self._lock = FileLock(str(self.path / LOCK), timeout=0, thread_local=False)
 

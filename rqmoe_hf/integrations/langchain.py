@@ -75,7 +75,7 @@ class RQMoEVectorStore(VectorStore):
     def __init__(
         self,
         embedding: Embeddings | EncodesTexts,
-        quantizer: RQMoEModel | str | None = None,
+        quantizer: RQMoEModel | str | os.PathLike | None = None,
         folder: str | os.PathLike | None = None,
         *,
         index: RQMoEIndex | None = None,

@@ -81,7 +81,7 @@ class RQMoEVectorStore(BasePydanticVectorStore):
 
     def __init__(
         self,
-        quantizer: RQMoEModel | str | None = None,
+        quantizer: RQMoEModel | str | os.PathLike | None = None,
         folder: str | os.PathLike | None = None,
         *,
         index: RQMoEIndex | None = None,
@@ -154,7 +154,7 @@ class RQMoEVectorStore(BasePydanticVectorStore):
         cls,
         persist_dir: str = DEFAULT_PERSIST_DIR,
         namespace: str = DEFAULT_VECTOR_STORE,
-        quantizer: RQMoEModel | str | None = None,
+        quantizer: RQMoEModel | str | os.PathLike | None = None,
     ) -> "RQMoEVectorStore":
         """Opens what `StorageContext.persist(persist_dir)` wrote; give it back as the context's `vector_store`."""
         return cls(quantizer, os.path.join(persist_dir, f"{namespace}{NAMESPACE_SEP}{DEFAULT_PERSIST_FNAME}"))

@@ -61,7 +61,7 @@ class RQMoEDocumentStore(MetadataReports):
 
     def __init__(
         self,
-        quantizer: RQMoEModel | str | None = None,
+        quantizer: RQMoEModel | str | os.PathLike | None = None,
         folder: str | os.PathLike | None = None,
         metric: str | None = None,
         kind: str | None = None,
