@@ -167,6 +167,23 @@ def test_delete_by_ids_by_filter_and_everything(store):
     assert store.max_marginal_relevance_search("text 3") == []
 
 
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        ({"where": {"lang": "en"}}, TypeError),
+        ({"filters": {"lang": "en"}}, TypeError),
+        ({"ids": ["text 3"], "where": {"lang": "en"}}, TypeError),
+        ({"ids": ["text 3"], "filter": {"lang": "xx"}}, ValueError),
+        ({"ids": [], "filter": {}}, ValueError),
+    ],
+)
+def test_a_delete_that_is_not_understood_deletes_nothing(store, given, error):
+    for delete in (store.delete, lambda **given: asyncio.run(store.adelete(**given))):
+        with pytest.raises(error):
+            delete(**given)
+    assert len(store.index) == len(TEXTS)
+
+
 def test_the_frameworks_indexing_keeps_the_store_in_step_with_a_source(quantizer, embedding):
     store = RQMoEVectorStore(embedding, quantizer)
     records = InMemoryRecordManager("texts")

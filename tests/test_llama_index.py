@@ -170,6 +170,16 @@ def test_nodes_are_removed_by_document_by_id_and_by_filter(store):
     assert store.get_nodes() == [] and store.query(ask()).ids == []
 
 
+@pytest.mark.parametrize(("method", "given"), [("delete", ["document 0"]), ("delete_nodes", [["node 1"]])])
+def test_a_delete_that_is_not_understood_deletes_nothing(store, method, given):
+    narrower = {"filter": where(("lang", FilterOperator.EQ, "xx"))}
+    with pytest.raises(TypeError, match="filter"):
+        getattr(store, method)(*given, **narrower)
+    with pytest.raises(TypeError, match="filter"):
+        asyncio.run(getattr(store, f"a{method}")(*given, **narrower))
+    assert len(store.client) == COUNT
+
+
 def test_asynchronous_calls_give_what_synchronous_ones_do(store, quantizer, nodes, tmp_path):
     async def use():
         made = RQMoEVectorStore(quantizer, tmp_path / "store")

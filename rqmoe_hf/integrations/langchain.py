@@ -164,8 +164,18 @@ class RQMoEVectorStore(VectorStore):
         self.index.add(vectors, texts=texts, ids=own, metadata=metadatas or None, duplicates="replace")
         return named
 
-    def delete(self, ids: list[str] | None = None, *, filter: dict | None = None, **_: Any) -> bool:
-        """Removes documents by ids, passing over unknown ones, or by a filter; without either all of them."""
+    def delete(self, ids: list[str] | None = None, *, filter: dict | None = None) -> bool:  # type: ignore[override]
+        """Removes documents by ids, passing over unknown ones, or by a filter; without either all of them.
+
+        Raises:
+            TypeError: If anything else is given: passed over, a misspelt filter would remove everything.
+            ValueError: If both are given.
+        """
+        if ids is not None and filter is not None:
+            raise ValueError(
+                "Give either the ids or the filter of what to delete, got both: to delete what is among the ids and "
+                'matches, add {"$id": {"$in": ids}} to the filter.'
+            )
         if ids is not None:
             self.index.remove(own_ids(self.index, ids, missing_ok=True), missing_ok=True)
         else:

@@ -114,12 +114,14 @@ class RQMoEVectorStore(BasePydanticVectorStore):
         )
         return named
 
-    def delete(self, ref_doc_id: str, **_: Any) -> None:
+    # What else is given is refused, a TypeError: passed over, a misspelt filter would remove too much.
+
+    def delete(self, ref_doc_id: str) -> None:  # type: ignore[override]
         """Removes the nodes of a document."""
         self._index.remove(filter={"ref_doc_id": ref_doc_id})
 
-    def delete_nodes(
-        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **_: Any
+    def delete_nodes(  # type: ignore[override]
+        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None
     ) -> None:
         """Removes the nodes that have one of these ids and match the filters; at least one must be given.
 
