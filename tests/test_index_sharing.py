@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 from conftest import MEMBERS, randomize
+from datasets import Dataset
+from index_workers import MODEL
 from typer.testing import CliRunner
 
 from rqmoe_hf import RQMoEModel, quantize_embeddings
@@ -12,6 +14,7 @@ from rqmoe_hf.cli import app
 from rqmoe_hf.data import compress_shards
 from rqmoe_hf.index import RQMoEIndex, verify
 from rqmoe_hf.index.storage import DATABASE, MANIFEST
+from rqmoe_hf.index.tables import SourceTable
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +157,62 @@ def test_a_build_that_was_stopped_continues(saved, clustered, tmp_path, monkeypa
         np.testing.assert_allclose(index.reconstruct(range(500)), model.decompress(model.compress(clustered[:500])))
     np.save("more.npy", clustered[500:520])
     assert "the index holds 520" in rqmoe("add", "index", "more.npy")
+
+
+@pytest.fixture
+def tables(clustered) -> dict[str, Dataset]:
+    """The same vectors without and with ids."""
+    plain = {"embeddings": clustered[:50]}
+    return {"counted": Dataset.from_dict(plain), "named": Dataset.from_dict(plain | {"id": list(range(50))})}
+
+
+@pytest.mark.parametrize("kind", ["counted", "named"])
+def test_a_source_whose_vectors_were_all_removed_is_added_again(tables, kind, clustered):
+    index = RQMoEIndex(MODEL)
+    index.add(clustered[100:101], ids=[1000])
+    assert index.add_from(tables[kind]) == 50 and index.add_from(tables[kind]) == 0
+    index.remove(filter={})
+    assert index.add_from(tables[kind]) == 50 and index.add_from(tables[kind]) == 0
+    expected = MODEL.decompress(MODEL.compress(clustered[:50]))
+    np.testing.assert_allclose(index.reconstruct([found.id for found in index.documents()]), expected, rtol=1e-5)
+
+
+def test_a_source_of_which_some_vectors_were_removed_is_not_complete(tables):
+    index = RQMoEIndex(MODEL)
+    index.add_from(tables["named"])
+    index.remove([3, 4])
+    with pytest.raises(ValueError, match="48 ids are in the index already"):
+        index.add_from(tables["named"])
+    assert index.add_from(tables["named"], duplicates="skip") == 50
+    assert sorted(found.id for found in index.documents()) == list(range(50))
+    assert index.add_from(tables["named"]) == 0  # complete again
+    assert index.add_from(tables["counted"]) == 50
+    index.remove([50])
+    with pytest.raises(ValueError, match="All 50 rows of this table .* Without a column of ids"):
+        index.add_from(tables["counted"])
+    assert len(index) == 99
+
+
+@pytest.mark.parametrize("kind", ["counted", "named"])
+def test_an_interrupted_source_goes_on_although_vectors_were_removed(tables, kind, clustered, monkeypatch):
+    index, batch = RQMoEIndex(MODEL), SourceTable.batch
+
+    def stopping(self, start, stop):
+        if start == 20:
+            raise KeyboardInterrupt
+        return batch(self, start, stop)
+
+    monkeypatch.setattr(SourceTable, "batch", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        index.add_from(tables[kind], batch_size=10)
+    monkeypatch.setattr(SourceTable, "batch", batch)
+    index.remove([3])
+    assert index.add_from(tables[kind], batch_size=10) == 30
+    rows = [row for row in range(50) if row != 3]
+    expected = MODEL.decompress(MODEL.compress(clustered[rows]))
+    np.testing.assert_allclose(index.reconstruct([found.id for found in index.documents()]), expected, rtol=1e-5)
+    with pytest.raises(ValueError, match="are in the index already|Without a column of ids"):
+        index.add_from(tables[kind])  # it has been read to its end, and a vector is missing
 
 
 def test_search_by_texts(encoder, tmp_path, monkeypatch):

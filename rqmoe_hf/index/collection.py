@@ -220,6 +220,9 @@ class Collection:
     ) -> int:
         """Adds a whole table, batch by batch. What was interrupted goes on when it is called again.
 
+        A table that is in already is passed over, unless vectors were removed from the index since: then it is gone
+        through again, and `duplicates` says what becomes of ids that are still there.
+
         Args:
             source: Embeddings or texts in whatever `rqmoe_hf.data.load_embeddings` and `load_table` open, an array, a
                 data set, or codes of `rqmoe compress`. Columns named as below are used if they are there; without
@@ -234,24 +237,41 @@ class Collection:
             show_progress_bar: Show one.
 
         Returns:
-            How many rows were read now; those that were in already are passed over.
+            How many rows were read now.
 
         Raises:
-            ValueError: As [`add`], or because a column is missing.
+            ValueError: As [`add`]; or because a column is missing, or rows without ids may have been removed.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         table = SourceTable(source, self.quantizer, column, text_column, id_column, metadata_columns, split)
-        with self._database.reading() as state:
-            done = json.loads(state.sources).get(table.name, 0)
+        done, sign = self._progress(table)
         bar = tqdm(total=len(table), initial=done, desc="index", unit="vector", disable=not show_progress_bar)
         with bar:
             for start in range(done, len(table), batch_size):
                 stop = min(start + batch_size, len(table))
                 ids, *parts = table.batch(start, stop)
-                self._add(self._intake.batch(*parts), ids, duplicates, (table.name, stop))
+                self._add(self._intake.batch(*parts), ids, duplicates, (table.name, sign * stop))
                 bar.update(stop - start)
         return len(table) - done
+
+    def _progress(self, table: SourceTable) -> tuple[int, int]:
+        """How many rows of a table need not be read again, and -1 if some of them may have been removed, otherwise 1.
+
+        What is missing of a table that was interrupted are its later rows, whatever was removed. One that was read to
+        its end is complete as long as nothing was removed.
+        """
+        with self._database.reading() as state:
+            known = json.loads(state.sources).get(table.name, 0)
+        if known != -len(table) or not known:
+            return abs(known), -1 if known < 0 else 1
+        if not table.has_ids:
+            raise ValueError(
+                f"All {-known:,} rows of this table were added, and vectors were removed from the index since. "
+                "Without a column of ids nothing tells which of its rows are missing: add these by themselves, or "
+                "remove everything first."
+            )
+        return 0, 1
 
     def update(
         self,
@@ -307,6 +327,9 @@ class Collection:
                 rows = sorted(set(self._rows(ids, missing_ok)))
             self._database.delete(rows)
             state.count -= len(rows)
+            if rows:  # of which sources they were is not on record
+                read = json.loads(state.sources) if state.count else {}
+                state.sources = json.dumps({name: -abs(done) for name, done in read.items()})
         return len(rows)
 
     @contextmanager

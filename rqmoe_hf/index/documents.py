@@ -51,7 +51,8 @@ class State:
         next_row: Number of the next row.
         next_id: The id that a vector gets that comes without one.
         forgotten: Number of the last removal that is not on record any more.
-        sources: JSON object: how many rows of each source are in, for additions that go on after an interruption.
+        sources: JSON object: how many rows of each source are in, for additions that go on after an interruption;
+            below 0 if some may have been removed since.
     """
 
     version: int = 0
@@ -76,7 +77,7 @@ class State:
             sources = json.loads(self.sources)
         except (TypeError, ValueError, RecursionError):
             return False
-        return isinstance(sources, dict) and all(type(rows) is int and rows >= 0 for rows in sources.values())
+        return isinstance(sources, dict) and all(type(rows) is int for rows in sources.values())
 
 
 @dataclass

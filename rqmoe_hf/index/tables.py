@@ -72,6 +72,11 @@ class SourceTable:
         return len(self._table)
 
     @property
+    def has_ids(self) -> bool:
+        """Whether a column holds the ids."""
+        return self._ids is not None
+
+    @property
     def name(self) -> str:
         """Changes with the content and with the columns that are used."""
         columns = (self._embeddings, self._codes, self._texts, self._ids, self._metadata)
