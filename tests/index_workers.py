@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import json
+import os
 import time
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import numpy as np
 from conftest import MEMBERS, SIZE, randomize
 
 from rqmoe_hf import RQMoEConfig, RQMoEModel
-from rqmoe_hf.index import RQMoEIndex
+from rqmoe_hf.index import RQMoEIndex, verify
 from rqmoe_hf.index.fitting import fit_scanner
 from rqmoe_hf.index.scanning import Scanner
+from rqmoe_hf.index.storage import describe
 
 MODEL = randomize(RQMoEModel(MEMBERS["additive"]))
 
@@ -82,6 +84,33 @@ def hold(folder: Path, log: Path) -> None:
     change(index, {"kind": "add", "ids": [8000]})
     log.write_text("held")
     time.sleep(60)
+
+
+def obey_permissions() -> None:
+    """Lets the permissions of files bind this thread as they bind others, where it is root's (capset(2))."""
+    libc, version = ctypes.CDLL(None), 0x20080522
+    header, sets = (ctypes.c_uint32 * 2)(version, 0), (ctypes.c_uint32 * 6)()
+    libc.capget(header, sets)
+    for effective_or_permitted in (0, 1):
+        sets[effective_or_permitted] &= ~0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
+    libc.capset(header, sets)
+
+
+def only_read(folder: Path, log: Path) -> None:
+    """Does all that a folder allows that cannot be written, and tries to write."""
+    obey_permissions()
+    found: dict = {"may write": os.access(folder, os.W_OK), "damage": verify(folder)}
+    try:
+        found["vectors"] = describe(folder)["vectors"]
+        with RQMoEIndex.load(folder, MODEL) as index:
+            found["hits"] = index.search(vector_of(1), 5, shortlist=50)[1].tolist()
+            found["text"] = index.get([3])[0].text
+            index.remove([3])
+    except (ValueError, OSError) as error:
+        found["error"] = f"{type(error).__name__}: {error}"
+    scratch = log.with_suffix(".part")
+    scratch.write_text(json.dumps(found))
+    scratch.rename(log)
 
 
 def wait_for(file: Path, process) -> None:

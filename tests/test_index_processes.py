@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 
 import index_workers
 import pytest
-from index_workers import MODEL, wait_for
+from index_workers import MODEL, vector_of, wait_for
 
 from rqmoe_hf.index import RQMoEIndex, verify
 from rqmoe_hf.index.storage import DATABASE
@@ -86,6 +87,61 @@ def test_two_readers_and_a_writer(tmp_path, processes):
 
 
 LAST_TO_CLOSE = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute('SELECT 1 FROM vectors'); c.close()"
+
+
+@pytest.fixture
+def only_read(tmp_path, processes):
+    """What a process finds in a folder in which it may write nothing."""
+
+    def run(folder):
+        log, files = tmp_path / "log", [folder, *folder.iterdir()]
+        log.unlink(missing_ok=True)
+        modes = [file.stat().st_mode for file in files]
+        for file, mode in zip(files, modes, strict=True):
+            file.chmod(mode & ~0o222)
+        try:
+            wait_for(log, processes(index_workers.only_read, folder, log))
+        finally:
+            for file, mode in zip(files, modes, strict=True):
+                file.chmod(mode)
+        return json.loads(log.read_text())
+
+    return run
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="gives up root's rights as Linux has them")
+@pytest.mark.parametrize("writer", ["none", "has it open", "was killed"])
+def test_a_folder_that_cannot_be_written_is_searched(filled, only_read, clustered, tmp_path, writer):
+    index, folder = RQMoEIndex.load(filled, MODEL), filled
+    if writer != "none":
+        index.add(vector_of(1)[None], ids=[7000])
+    if writer == "was killed":
+        folder = tmp_path / "left over"
+        shutil.copytree(filled, folder)
+    expected = index.search(vector_of(1), 5, shortlist=50)[1].tolist()
+    count = len(index)
+    if writer == "none":
+        index.close()
+    found = only_read(folder)
+    assert found.pop("error").startswith(("PermissionError", "OSError"))
+    assert found == {"may write": False, "damage": [], "vectors": str(count), "hits": expected, "text": "text 3"}
+    index.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="gives up root's rights as Linux has them")
+def test_a_log_that_cannot_be_read_is_no_damage(filled, only_read, clustered, tmp_path):
+    folder = tmp_path / "left over"
+    index, reader = RQMoEIndex.load(filled, MODEL), RQMoEIndex.load(filled, MODEL)
+    with index, reader, reader._database.reading():  # so that the log cannot be emptied
+        index.add(clustered[:1], ids=[7000])
+        shutil.copytree(filled, folder, ignore=shutil.ignore_patterns("*-shm"))
+    found = only_read(folder)
+    for message in (*found["damage"], found["error"]):
+        assert f"{DATABASE} cannot be opened: unable to open" in message and "(-wal)" in message
+        assert "damaged" not in message
+    assert found["damage"] and verify(folder) == []  # whoever may write can open it
+    found = only_read(folder)
+    assert found["damage"] == [] and found["vectors"] == "401"
 
 
 @pytest.mark.parametrize("what", ["loading", "saving", "checking"])

@@ -19,6 +19,7 @@ import numpy as np
 
 from .filters import Filter, compile_filter
 from .held import hold_for
+from .opening import RESTORE, is_settled_for_readers, why_not_opened
 
 Id = int | str
 SCHEMA = (
@@ -30,7 +31,6 @@ SCHEMA = (
     "CREATE TABLE removed (number INTEGER PRIMARY KEY AUTOINCREMENT, row INTEGER NOT NULL)",
 )
 CHUNK = 16_384
-RESTORE = "Restore it from a copy."
 BOUND = 10_000  # values in one statement
 BUSY_SECONDS = 30
 CHECKPOINT_MILLISECONDS = 200
@@ -126,10 +126,9 @@ class Database:
         self.lock = threading.RLock()
         self.file, self._inside, self._closed = file, 0, False
         self._checked: tuple[int | None, State] = None, State()
-        if file is None:
-            uri = ""
-        else:
-            uri = f"{file.absolute().as_uri()}?{'immutable=1' if immutable else 'mode=rwc' if create else 'mode=rw'}"
+        immutable = immutable or (file is not None and not create and is_settled_for_readers(file))
+        mode = "immutable=1" if immutable else "mode=rwc" if create else "mode=rw"
+        uri = "" if file is None else f"{file.absolute().as_uri()}?{mode}"
         try:
             self._held = None if file is None else hold_for(self, file, create)
             self._connection = sqlite3.connect(
@@ -141,7 +140,7 @@ class Database:
                 self.close()
                 raise
         except (sqlite3.Error, OSError, UnicodeDecodeError) as error:  # the last if SQLite names a damaged name
-            raise ValueError(f"{file} is damaged or no database of a collection: {error}. {RESTORE}") from error
+            raise ValueError(f"{file} {why_not_opened(error)}") from error
 
     def _configure(self, create: bool, immutable: bool) -> None:
         run = self._connection.execute

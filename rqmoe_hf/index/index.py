@@ -90,6 +90,9 @@ class RQMoEIndex(Collection):
     ) -> "RQMoEIndex":
         """Opens a collection; what was prepared for scanning is memory-mapped.
 
+        A folder that cannot be written is opened for searching. Others may write to it meanwhile only if they had it
+        open before.
+
         Args:
             folder: Of the collection.
             quantizer: The quantizer that made the codes, default the one that the collection names.

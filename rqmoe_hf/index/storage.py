@@ -12,8 +12,9 @@ from filelock import FileLock, Timeout
 
 from ..codes import bytes_per_vector
 from ..saving import check_record
-from .documents import RESTORE, Database
+from .documents import Database
 from .held import file_digest
+from .opening import RESTORE
 
 MANIFEST = "manifest.json"
 DATABASE = "collection.sqlite"
