@@ -1,10 +1,12 @@
 """What the tests of the RAG adapters share: a small quantizer, an encoder of real texts, and documents to filter."""
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
 
 from rqmoe_hf import RQMoEConfig, RQMoEModel
+from rqmoe_hf.index import RQMoEIndex
 from rqmoe_hf.training import initialize
 
 
@@ -36,3 +38,27 @@ def random_metadata(count: int, seed: int = 0) -> list[dict]:
         }
         drawn.append({name: value for name, value in fields.items() if rng.random() < 0.8})
     return drawn
+
+
+class Meanwhile:
+    """An index that is asked while another one takes away from the folder what has just been found.
+
+    Args:
+        folder: Of the collection.
+        quantizer: Its quantizer.
+        method: Of the index; each time that it has answered, the first document of the answer is removed.
+    """
+
+    def __init__(self, folder: Path, quantizer: RQMoEModel, method: str):
+        self.index, self.writer = (RQMoEIndex.load(folder, quantizer) for _ in range(2))
+        self.removed: list = []
+        self._ask = getattr(self.index, method)
+        setattr(self.index, method, self._answer)
+
+    def _answer(self, *args, **kwargs):
+        answer = self._ask(*args, **kwargs)
+        answer = answer if isinstance(answer, tuple) else list(answer)  # scores and ids, or documents
+        first = answer[1].tolist()[0] if isinstance(answer, tuple) else answer[0].id
+        self.removed.append(first)
+        self.writer.remove([first], missing_ok=True)
+        return answer

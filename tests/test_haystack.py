@@ -35,7 +35,7 @@ from haystack.testing.document_store_async import (
     UpdateByFilterAsyncTest,
     WriteDocumentsAsyncTest,
 )
-from rag import embed, make_quantizer, random_metadata
+from rag import Meanwhile, embed, make_quantizer, random_metadata
 
 from rqmoe_hf.index import RQMoEIndex
 from rqmoe_hf.integrations.haystack import RQMoEDocumentStore, RQMoEEmbeddingRetriever
@@ -239,6 +239,38 @@ def test_all_parts_of_a_document_come_back(quantizer):
     store = RQMoEDocumentStore(quantizer)
     store.write_documents(documents)
     assert store.filter_documents() == documents
+
+
+@pytest.mark.parametrize(
+    ("method", "ask"),
+    [
+        ("documents", lambda store: store.filter_documents()),
+        ("search", lambda store: store.embedding_retrieval(embed("text 3", SIZE), top_k=5)),
+        ("get", lambda store: store.embedding_retrieval(embed("text 3", SIZE), top_k=5, return_embedding=True)),
+    ],
+)
+def test_one_state_answers_while_others_remove(store, quantizer, tmp_path, method, ask):
+    expected = ask(store)
+    store.index.save(tmp_path / "store")
+    store.close()
+    meanwhile = Meanwhile(tmp_path / "store", quantizer, method)
+    assert ask(RQMoEDocumentStore(index=meanwhile.index)) == expected
+    assert meanwhile.removed and meanwhile.removed[0] not in meanwhile.index
+
+
+def test_an_update_passes_over_what_was_removed_meanwhile(store, monkeypatch):
+    listed = list(store.index.documents())
+
+    def listing(filter):
+        store.delete_documents(["id 7"])
+        return iter(listed)
+
+    monkeypatch.setattr(store.index, "documents", listing)
+    assert store.update_by_filter({}, {"seen": True}) == COUNT - 1
+    monkeypatch.undo()
+    assert [document.meta for document in store.filter_documents()] == [
+        one.metadata | {"seen": True} for one in listed if one.id != "id 7"
+    ]
 
 
 def test_a_batch_with_a_duplicate_is_written_whole_or_not_at_all(store, documents):

@@ -257,6 +257,8 @@ def test_update_keeps_what_is_not_given(additive, clustered):
     assert index.get([0, 2]) == [Document(0, "a", {"n": 0}), Document(2, "c", {"n": 2})]
     index.update([0], clustered[:1], texts=["new"])
     assert index.get([0]) == [Document(0, "new", {"n": 0})] and len(index) == 3
+    assert index.update([1, 99, 0], metadata=[{"n": 5}, {"n": 6}, {"n": 7}], missing_ok=True) == 2
+    assert [document.metadata for document in index.get([0, 1, 2])] == [{"n": 7}, {"n": 5}, {"n": 2}]
 
 
 def test_the_kind_of_ids(additive, clustered):

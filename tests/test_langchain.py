@@ -12,7 +12,7 @@ from langchain_core.indexing import InMemoryRecordManager, index
 from langchain_core.vectorstores import InMemoryVectorStore
 from langchain_tests.integration_tests import VectorStoreIntegrationTests
 from langchain_tests.integration_tests.vectorstores import EMBEDDING_SIZE
-from rag import make_quantizer, random_metadata
+from rag import Meanwhile, make_quantizer, random_metadata
 from sentence_transformers import SentenceTransformer
 
 from rqmoe_hf.index import RQMoEIndex
@@ -156,6 +156,21 @@ def test_a_store_of_this_process_is_kept_in_a_folder(store, quantizer, embedding
     store.save(tmp_path / "store")
     again = RQMoEVectorStore(embedding, quantizer, tmp_path / "store")
     assert again.similarity_search("text 3", k=9) == store.similarity_search("text 3", k=9)
+
+
+@pytest.mark.parametrize(
+    ("search", "method"),
+    [("similarity_search_with_score", "documents"), ("similarity_search_with_score", "search"),
+     ("max_marginal_relevance_search", "get")],
+)  # fmt: skip
+def test_one_state_answers_while_others_remove(store, quantizer, embedding, tmp_path, search, method):
+    asked = {"k": 5, "filter": lambda document: True}
+    expected = getattr(store, search)("text 3", **asked)
+    store.save(tmp_path / "store")
+    store.index.close()
+    meanwhile = Meanwhile(tmp_path / "store", quantizer, method)
+    assert getattr(RQMoEVectorStore(embedding, index=meanwhile.index), search)("text 3", **asked) == expected
+    assert meanwhile.removed and meanwhile.removed[0] not in meanwhile.index
 
 
 def test_delete_by_ids_by_filter_and_everything(store):

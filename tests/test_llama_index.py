@@ -16,7 +16,7 @@ from llama_index.core.vector_stores.types import (
     VectorStoreQuery,
     VectorStoreQueryMode,
 )
-from rag import embed, make_quantizer, random_metadata
+from rag import Meanwhile, embed, make_quantizer, random_metadata
 
 from rqmoe_hf.index import RQMoEIndex
 from rqmoe_hf.integrations.llama_index import RQMoEVectorStore
@@ -149,6 +149,18 @@ def test_nested_filters_node_ids_and_document_ids(store):
     assert set(store.query(ask(node_ids=["node 8", "node 9", "unknown"])).ids) == {"node 8", "node 9"}
     assert set(store.query(ask(top_k=COUNT, doc_ids=["document 4"])).ids) == {f"node {n}" for n in range(4, COUNT, 12)}
     assert set(store.query(ask(node_ids=["node 4", "node 5"], doc_ids=["document 4"])).ids) == {"node 4"}
+
+
+@pytest.mark.parametrize("method", ["search", "get"])
+@pytest.mark.parametrize("mode", [VectorStoreQueryMode.DEFAULT, VectorStoreQueryMode.MMR])
+def test_one_state_answers_while_others_remove(store, quantizer, tmp_path, mode, method):
+    query = ask(mode=mode, node_ids=[f"node {number}" for number in range(20)])
+    expected = store.query(query)
+    store.client.save(tmp_path / "store")
+    store.client.close()
+    meanwhile = Meanwhile(tmp_path / "store", quantizer, method)
+    assert RQMoEVectorStore(index=meanwhile.index).query(query) == expected
+    assert meanwhile.removed and meanwhile.removed[0] not in meanwhile.index
 
 
 def test_nodes_are_removed_by_document_by_id_and_by_filter(store):

@@ -83,6 +83,12 @@ class Collection:
         """Bytes of each vector in memory for scanning: code, the code of its norm, row number. None before a scan."""
         return None if self._ranker.scanner is None else self._ranker.scanner.bytes_per_vector
 
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """All that is read within belongs to one state; nothing can be changed within, and other threads wait."""
+        with self._database.reading():
+            yield
+
     def codes(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """All ids, int64 or strings `(n,)`, and packed codes, uint8 `(n, bytes)`, in batches of one state.
 
@@ -146,12 +152,17 @@ class Collection:
     def _rows(self, ids: Iterable[Id], missing_ok: bool) -> list[int]:
         """Row numbers of ids, in their order."""
         listed = as_ids(ids)
-        found = self._database.find(listed)
-        unknown = [id for id in listed if id not in found]
+        found = self._find(listed, missing_ok)
+        return [found[id] for id in listed if id in found]
+
+    def _find(self, ids: list[Id], missing_ok: bool) -> dict[Id, int]:
+        """Row numbers by id."""
+        found = self._database.find(ids)
+        unknown = [id for id in ids if id not in found]
         if unknown and not missing_ok:
             shown = ", ".join(map(repr, unknown[:5]))
-            raise ValueError(f"{len(unknown)} of {len(listed)} ids are not in the index: {shown}.")
-        return [found[id] for id in listed if id in found]
+            raise ValueError(f"{len(unknown)} of {len(ids)} ids are not in the index: {shown}.")
+        return found
 
     # --- changes -------------------------------------------------------------------------------------------------
 
@@ -281,10 +292,22 @@ class Collection:
         texts: Iterable[str] | None = None,
         codes: np.ndarray | None = None,
         metadata: Iterable[dict | None] | None = None,
-    ) -> None:
+        missing_ok: bool = False,
+    ) -> int:
         """Replaces parts of what is known of ids, for all of them or none; what is not given stays.
 
         Texts without embeddings and codes are embedded by the encoder, as in [`add`]. Metadata are replaced whole.
+
+        Args:
+            ids: Of what is replaced.
+            embeddings: See [`add`], as of all that follow.
+            texts: One for each id.
+            codes: One for each id.
+            metadata: One for each id.
+            missing_ok: Pass over unknown ids.
+
+        Returns:
+            How many were updated.
 
         Raises:
             ValueError: If an id is unknown or comes twice, or something is not as [`add`] describes.
@@ -295,12 +318,15 @@ class Collection:
         if len(set(known)) < len(known):
             raise ValueError("An id comes twice: update each once.")
         with self._writing() as state:
-            rows = self._rows(known, missing_ok=False)
-            for start in range(0, len(rows), CHUNK):
-                part = rows[start : start + CHUNK]
-                changed = [batch.change(place, row) for place, row in enumerate(self._database.rows_of(part), start)]
-                self._database.delete(part)
+            found = self._find(known, missing_ok)
+            places = [place for place, id in enumerate(known) if id in found]
+            for start in range(0, len(places), CHUNK):
+                part = places[start : start + CHUNK]
+                rows = [found[known[place]] for place in part]
+                changed = map(batch.change, part, self._database.rows_of(rows))
+                self._database.delete(rows)
                 self._database.insert(changed, state)
+        return len(places)
 
     def remove(
         self, ids: Iterable[Id] | None = None, *, filter: Filter | None = None, missing_ok: bool = False

@@ -193,14 +193,14 @@ class RQMoEVectorStore(VectorStore):
         self, embedding: list[float], k: int = 4, filter: Filter | None = None, **kwargs: Any
     ) -> list[tuple[Document, float]]:
         """The documents nearest to a vector, with their scores (cosines unless the store has another metric)."""
-        if callable(filter):
-            kwargs["ids"] = [found.id for found in self.index.documents() if filter(_to_langchain(found))]
-        else:
-            kwargs["filter"] = filter
-        scores, ids = self.index.search(np.asarray(embedding, np.float32), k, **kwargs)
-        found = {document.id: document for document in self.index.get(ids, missing_ok=True)}
-        hits = zip(ids.tolist(), scores.tolist(), strict=True)
-        return [(_to_langchain(found[id]), score) for id, score in hits if id in found]
+        with self.index.reading():  # what one call finds must be there for the next
+            if callable(filter):
+                kwargs["ids"] = [found.id for found in self.index.documents() if filter(_to_langchain(found))]
+            else:
+                kwargs["filter"] = filter
+            scores, ids = self.index.search(np.asarray(embedding, np.float32), k, **kwargs)
+            documents = [_to_langchain(found) for found in self.index.get(ids)]
+        return list(zip(documents, scores.tolist(), strict=True))
 
     def similarity_search_with_score(self, query: str, k: int = 4, **kwargs: Any) -> list[tuple[Document, float]]:
         """The documents nearest to a text, with their scores."""
@@ -229,9 +229,10 @@ class RQMoEVectorStore(VectorStore):
         self, embedding: list[float], k: int = 4, fetch_k: int = 20, lambda_mult: float = 0.5, **kwargs: Any
     ) -> list[Document]:
         """Documents near to a vector and far from each other; how far, their reconstructed embeddings say."""
-        found = self.similarity_search_by_vector(embedding, fetch_k, **kwargs)
-        ids = own_ids(self.index, [document.id for document in found if document.id is not None])
-        vectors = list(self.index.reconstruct(ids))
+        with self.index.reading():
+            found = self.similarity_search_by_vector(embedding, fetch_k, **kwargs)
+            ids = own_ids(self.index, [document.id for document in found if document.id is not None])
+            vectors = list(self.index.reconstruct(ids))
         chosen = maximal_marginal_relevance(np.asarray(embedding, np.float32), vectors, lambda_mult, k)
         return [found[place] for place in chosen]
 

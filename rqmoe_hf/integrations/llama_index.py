@@ -192,13 +192,12 @@ class RQMoEVectorStore(BasePydanticVectorStore):
         filter = to_filter(query.filters)
         if query.doc_ids:
             filter = {"$and": [filter or {}, {"ref_doc_id": {"$in": query.doc_ids}}]}
-        among = [found.id for found in self._found(query.node_ids, None)] if query.node_ids else None
         search = self._diverse if query.mode == VectorStoreQueryMode.MMR else self._nearest
-        scores, ids = search(query, filter=filter, ids=among, **kwargs)
-        found = {document.id: document for document in self._index.get(ids, missing_ok=True)}
-        hits = [(_to_node(found[id]), float(score)) for score, id in zip(scores, ids, strict=True) if id in found]
-        nodes = [node for node, _ in hits]
-        return VectorStoreQueryResult(nodes, [score for _, score in hits], [node.node_id for node in nodes])
+        with self._index.reading():  # what one call finds must be there for the next
+            among = [found.id for found in self._found(query.node_ids, None)] if query.node_ids else None
+            scores, ids = search(query, filter=filter, ids=among, **kwargs)
+            nodes = [_to_node(found) for found in self._index.get(ids)]
+        return VectorStoreQueryResult(nodes, [float(score) for score in scores], [node.node_id for node in nodes])
 
     def _nearest(self, query: VectorStoreQuery, **kwargs: Any) -> tuple[Sequence[float], Sequence[Any]]:
         scores, ids = self._index.search(np.asarray(query.query_embedding), query.similarity_top_k, **kwargs)

@@ -131,8 +131,8 @@ class RQMoEDocumentStore(MetadataReports):
     def update_by_filter(self, filters: dict[str, Any], meta: dict[str, Any]) -> int:
         """Sets some metadata of the documents that match; returns how many."""
         found = list(self.index.documents(to_filter(filters)))
-        self.index.update([document.id for document in found], metadata=[one.metadata | meta for one in found])
-        return len(found)
+        ids, metadata = [document.id for document in found], [document.metadata | meta for document in found]
+        return self.index.update(ids, metadata=metadata, missing_ok=True)  # some may have been removed meanwhile
 
     # --- reading -------------------------------------------------------------------------------------------------
 
@@ -150,8 +150,9 @@ class RQMoEDocumentStore(MetadataReports):
         Raises:
             FilterError: If the filters are malformed, or on other fields than `meta` and `id`.
         """
-        found = list(self.index.documents(to_filter(filters)))
-        return self._documents(found, [None] * len(found), self.return_embedding)
+        with self.index.reading():  # what one call finds must be there for the next
+            found = list(self.index.documents(to_filter(filters)))
+            return self._documents(found, [None] * len(found), self.return_embedding)
 
     def embedding_retrieval(
         self,
@@ -173,16 +174,16 @@ class RQMoEDocumentStore(MetadataReports):
         if top_k == 0:
             return []
         query, filter = np.asarray(query_embedding, np.float32), to_filter(filters)
-        scores, ids = self.index.search(query, top_k, filter=filter)
-        found = {document.id: document for document in self.index.get(ids, missing_ok=True)}
-        if any(_lacks_embedding(document) for document in found.values()):
-            embedded = {f"{OWN}.embedded": {"$exists": False}}
-            scores, ids = self.index.search(query, top_k, filter={"$and": [filter or {}, embedded]})
-            found = {document.id: document for document in self.index.get(ids, missing_ok=True)}
-        hits = [(found[id], score) for id, score in zip(ids.tolist(), scores.tolist(), strict=True) if id in found]
-        scaled = [self._scaled(score) if scale_score else score for _, score in hits]
         with_embeddings = self.return_embedding if return_embedding is None else return_embedding
-        return self._documents([document for document, _ in hits], scaled, with_embeddings)
+        with self.index.reading():
+            scores, ids = self.index.search(query, top_k, filter=filter)
+            found = self.index.get(ids)
+            if any(map(_lacks_embedding, found)):
+                embedded = {f"{OWN}.embedded": {"$exists": False}}
+                scores, ids = self.index.search(query, top_k, filter={"$and": [filter or {}, embedded]})
+                found = self.index.get(ids)
+            scaled = [self._scaled(score) if scale_score else score for score in scores.tolist()]
+            return self._documents(found, scaled, with_embeddings)
 
     def _scaled(self, score: float) -> float:
         metric = self.index.settings["metric"]
