@@ -253,6 +253,32 @@ def test_a_storage_context_persists_and_loads(quantizer, tmp_path):
     assert again.as_retriever(similarity_top_k=1).retrieve("one more")[0].text == "one more"
 
 
+def test_each_folder_that_a_store_is_persisted_to_holds_it(store, quantizer, nodes, tmp_path):
+    context = StorageContext.from_defaults(vector_store=store)
+    context.persist(tmp_path / "first")
+    store.delete_nodes(["node 1"])
+    context.persist(tmp_path / "second")
+    store.client.close()
+    opened = RQMoEVectorStore.from_persist_dir(tmp_path / "second", quantizer=quantizer)
+    opened.delete_nodes(["node 2"])
+    StorageContext.from_defaults(vector_store=opened).persist(tmp_path / "third")
+    opened.client.close()
+    for name, missing in (("first", ["node 1"]), ("second", ["node 1", "node 2"]), ("third", ["node 1", "node 2"])):
+        again = RQMoEVectorStore.from_persist_dir(tmp_path / name, quantizer=quantizer)
+        expected = [node.node_id for node in nodes if node.node_id not in missing]
+        assert [node.node_id for node in again.get_nodes()] == expected
+    with pytest.raises(ValueError, match="holds an index already"):
+        StorageContext.from_defaults(vector_store=again).persist(tmp_path / "first")
+
+
+def test_a_folder_without_a_collection_is_no_store(quantizer, tmp_path):
+    with pytest.raises(ValueError, match="nowhere.* holds no index"):
+        RQMoEVectorStore.from_persist_dir(tmp_path / "nowhere", quantizer=quantizer)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="no folder: name one"):
+        RQMoEVectorStore(quantizer).persist()
+
+
 def test_a_folder_is_opened_again(store, quantizer, nodes, tmp_path):
     made = RQMoEVectorStore(quantizer, tmp_path / "store")
     made.add(nodes)

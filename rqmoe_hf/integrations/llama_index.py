@@ -78,6 +78,7 @@ class RQMoEVectorStore(BasePydanticVectorStore):
 
     stores_text: bool = True
     _index: RQMoEIndex = PrivateAttr()
+    _keeps_itself: bool = PrivateAttr()  # in a folder that was named when it was made
 
     def __init__(
         self,
@@ -89,6 +90,7 @@ class RQMoEVectorStore(BasePydanticVectorStore):
     ):
         super().__init__(stores_text=True)
         self._index = open_index(quantizer, folder, index, settings)
+        self._keeps_itself = self._index.folder is not None
 
     @classmethod
     def class_name(cls) -> str:
@@ -140,16 +142,17 @@ class RQMoEVectorStore(BasePydanticVectorStore):
         self._index.remove(filter={})
 
     def persist(self, persist_path: str = "", fs: Any = None) -> None:
-        """Keeps a store of this process in the folder `persist_path`, which [`from_persist_dir`] opens.
+        """Keeps the store in the folder `persist_path`, which [`from_persist_dir`] opens.
 
-        A store with a folder is on disk anyway; it is only prepared for quick loading.
+        A store of this process lives there from then on, and leaves a copy in other folders that it is persisted to
+        later. One that was made with a folder is on disk anyway; it is only prepared for quick loading.
 
         Raises:
-            ValueError: If the file system is not the local one.
+            ValueError: If the file system is not the local one, or the folder holds another collection.
         """
         if fs is not None and "file" not in np.atleast_1d(fs.protocol):
             raise ValueError(f"A collection is a local folder, but the file system is {fs.protocol}.")
-        self._index.save(persist_path if self._index.folder is None else None)
+        self._index.save(None if self._keeps_itself else persist_path or None)
 
     @classmethod
     def from_persist_dir(
@@ -158,8 +161,15 @@ class RQMoEVectorStore(BasePydanticVectorStore):
         namespace: str = DEFAULT_VECTOR_STORE,
         quantizer: RQMoEModel | str | os.PathLike | None = None,
     ) -> "RQMoEVectorStore":
-        """Opens what `StorageContext.persist(persist_dir)` wrote; give it back as the context's `vector_store`."""
-        return cls(quantizer, os.path.join(persist_dir, f"{namespace}{NAMESPACE_SEP}{DEFAULT_PERSIST_FNAME}"))
+        """Opens what `StorageContext.persist(persist_dir)` wrote; give it back as the context's `vector_store`.
+
+        Raises:
+            ValueError: If there is no collection. A store that was made with a folder is opened by that folder.
+        """
+        folder = os.path.join(persist_dir, f"{namespace}{NAMESPACE_SEP}{DEFAULT_PERSIST_FNAME}")
+        store = cls(index=RQMoEIndex.load(folder, quantizer))
+        store._keeps_itself = False
+        return store
 
     # --- reading -------------------------------------------------------------------------------------------------
 
