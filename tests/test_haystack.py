@@ -357,6 +357,23 @@ def test_a_collection_that_was_not_made_here(quantizer):
     assert 3 not in collection
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_a_store_is_serialised_with_the_folder_of_its_collection(quantizer, documents, tmp_path, given):
+    quantizer.save_pretrained(tmp_path / "quantizer")
+    named = str(tmp_path / "quantizer")
+    if given:
+        store = RQMoEDocumentStore(index=RQMoEIndex(named))
+        with pytest.raises(ValueError, match=r"cannot be serialised.* index\.save\(folder\)"):
+            store.to_dict()
+    else:
+        store = RQMoEDocumentStore(named)
+        assert RQMoEDocumentStore.from_dict(store.to_dict()).count_documents() == 0
+    store.write_documents(documents)
+    store.index.save(tmp_path / "store")
+    again = RQMoEDocumentStore.from_dict(store.to_dict())
+    assert again.filter_documents() == store.filter_documents() and again.count_documents() == COUNT
+
+
 def test_errors(store, quantizer):
     with pytest.raises(ValueError, match="another encoder"):
         store.write_documents([Document(content="a", embedding=[0.5] * 7)])

@@ -45,7 +45,8 @@ class RQMoEDocumentStore(MetadataReports):
         num_codebooks: Codes kept of each vector.
         keep_floats: Keep the embeddings besides, to rank exactly.
         return_embedding: Give documents the embeddings that their codes restore.
-        index: A collection that is open already, instead of quantizer and folder; such a store cannot be serialised.
+        index: A collection that is open already, instead of quantizer and folder. Such a store can be serialised if
+            the collection has a folder.
 
     Example:
     ```python
@@ -75,13 +76,24 @@ class RQMoEDocumentStore(MetadataReports):
                  "keep_floats": keep_floats}  # fmt: skip
         self._settings = {name: value for name, value in given.items() if value is not None}
         self._folder = None if folder is None else str(folder)
+        self._is_given = index is not None
         self.return_embedding = return_embedding
         self.index = open_index(quantizer, folder, index, self._settings)
 
     def to_dict(self) -> dict[str, Any]:
-        """What makes the store again. Its documents are in its folder; without one they are not included."""
+        """What makes the store again. Its documents are in its folder; without one they are not included.
+
+        Raises:
+            ValueError: If it was made of an open collection that has no folder.
+        """
         quantizer = self.index.settings["quantizer"]["model"] or None
-        settings = {"folder": self._folder, "return_embedding": self.return_embedding, **self._settings}
+        folder = self._folder or (None if self.index.folder is None else str(self.index.folder))
+        if self._is_given and folder is None:
+            raise ValueError(
+                "A store of a collection without a folder cannot be serialised: keep the collection in one first, by "
+                "index.save(folder)."
+            )
+        settings = {"folder": folder, "return_embedding": self.return_embedding, **self._settings}
         return default_to_dict(self, quantizer=quantizer, **settings)
 
     @classmethod
