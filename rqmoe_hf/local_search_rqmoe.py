@@ -26,6 +26,7 @@ from .encoding_rqmoe import CPU_CHUNK_BYTES, DEVICE_CHUNK_BYTES, Tables
 from .numba_rqmoe import FEW, TILE, Layout, Plan, can_sweep, empty_table, score_few, search_codes, sweep_codes
 from .triton_rqmoe import can_choose, choose_codes
 
+LOCAL_SEARCH, LOCAL_SEARCH_BEAM = 32, 1  # with which codebooks of LSQ are used: rounds are worth more than a beam
 MAX_PAIRS = 1 << 30  # entries of the table of pairs: 2 GiB
 SWEEPS = 2  # times every code is chosen again, per round
 PAIR_ROWS = 4096  # of the table, computed at a time

@@ -90,6 +90,30 @@ def test_rq_beam_is_as_good_as_faiss_beam(clustered):
     assert ours == pytest.approx(theirs, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("kind", "beam"), [(faiss.IndexResidualQuantizer, 5), (faiss.IndexResidualQuantizer, 12),
+                       (faiss.IndexLocalSearchQuantizer, 1)]
+)  # fmt: skip
+def test_what_is_converted_encodes_as_well_as_faiss_without_being_told_how(clustered, kind, beam):
+    index = kind(16, 4, 5)
+    if kind is faiss.IndexResidualQuantizer:
+        index.rq.max_beam_size = beam
+    index.train(clustered)
+    theirs = np.square(clustered - index.sa_decode(index.sa_encode(clustered))).sum(1).mean()
+    model = convert_faiss(index)
+    ours = np.square(clustered - model.decompress(model.compress(clustered))).sum(1).mean()
+    assert ours < 1.02 * theirs and model.config.beam_size == beam
+
+
+def test_lsq_whose_pairs_of_codewords_are_too_many_is_encoded_by_a_beam(clustered, monkeypatch):
+    index = faiss.IndexLocalSearchQuantizer(16, 4, 5)
+    index.train(clustered)
+    for largest, search in ((128**2, (1, 32)), (128**2 - 1, (16, 0))):
+        monkeypatch.setattr("rqmoe_hf.convert.faiss_quantizers.MAX_PAIRS", largest)
+        config = convert_faiss(index).config
+        assert (config.beam_size, config.local_search) == search
+
+
 def test_lsq_codes_decode_to_faiss_reconstructions(clustered):
     index = faiss.IndexLocalSearchQuantizer(16, 4, 5)
     index.train(clustered)

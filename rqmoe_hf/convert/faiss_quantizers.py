@@ -11,10 +11,12 @@ import numpy as np
 import torch
 
 from ..configuration_rqmoe import RQMoEConfig
+from ..local_search_rqmoe import LOCAL_SEARCH, LOCAL_SEARCH_BEAM, MAX_PAIRS
 from ..modeling_rqmoe import RQMoEModel
 from .faiss_header import check_header
 from .state import fill, naming
 
+WIDE_BEAM = 16  # for codebooks of LSQ that are too large for local search
 _READING = threading.Lock()  # Faiss's limit holds for the whole process
 
 
@@ -28,8 +30,8 @@ def convert_faiss(source: "str | Path | faiss.Index") -> RQMoEModel:
         source: File of `faiss.write_index` or `faiss.write_ProductQuantizer`, or an index in memory.
 
     Returns:
-        The model. Encoding RQ greedily and PQ exactly gives Faiss's own codes. LSQ's codes come from another search
-        (beam instead of local search), over the same codebooks.
+        The model. PQ is encoded as by Faiss, and RQ, with the same beam. Codes of LSQ come from another local search
+        over the same codebooks, the one that LSQ of this package is used with.
 
     Raises:
         ValueError: If the file is damaged or the quantizer is of another kind or untrained.
@@ -60,11 +62,22 @@ def _convert(index: Any) -> RQMoEModel:
         )
     if rotation is not None:
         codebooks = codebooks @ rotation
-    config = RQMoEConfig.additive(
-        hidden_size=codebooks.shape[2], num_codebooks=len(codebooks), codebook_size=codebooks.shape[1], beam_size=1
-    )
+    steps, codewords, size = codebooks.shape
+    search = _search(index, steps * codewords)
+    config = RQMoEConfig.additive(hidden_size=size, num_codebooks=steps, codebook_size=codewords, **search)
     tensors = {"codebooks": torch.from_numpy(np.ascontiguousarray(codebooks, np.float32))}
     return fill(config, tensors, mean, 1.0)
+
+
+def _search(index: Any, codewords: int) -> dict[str, int]:
+    """The settings with which a quantizer of so many codewords is encoded as closely as by Faiss."""
+    if isinstance(index, faiss.IndexResidualQuantizer):
+        return {"beam_size": index.rq.max_beam_size}
+    if not isinstance(index, faiss.IndexLocalSearchQuantizer):
+        return {"beam_size": 1}  # blocks of a product quantizer do not depend on each other
+    if codewords**2 > MAX_PAIRS:
+        return {"beam_size": WIDE_BEAM}
+    return {"beam_size": LOCAL_SEARCH_BEAM, "local_search": LOCAL_SEARCH}
 
 
 def _read(path: Path) -> "faiss.Index | faiss.ProductQuantizer":

@@ -17,6 +17,7 @@ from ..configuration_rqmoe import RQMoEConfig
 from ..data.jobs import fingerprint
 from ..data.sources import as_array, sample_array
 from ..evaluation import evaluate
+from ..local_search_rqmoe import LOCAL_SEARCH, LOCAL_SEARCH_BEAM
 from ..modeling_rqmoe import RQMoEModel
 from ..record import RECORD_FILE, TRAINING_FILE, measure
 from ..saving import differences, round_weights, save_whole, weights_checksum, write_text
@@ -30,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 STATISTICS_ROWS = 200_000  # mean and scale of a larger set are those of a sample
 LSQ_ROWS = 1_000_000  # vectors that LSQ is trained on, at most: all are kept in memory
-LOCAL_SEARCH, LOCAL_SEARCH_BEAM = 32, 1  # with which codebooks of LSQ are used: rounds are worth more than a beam
 MAX_LOCAL_SEARCH, WORTHWHILE = 256, 0.02  # rounds at most; error that twice the rounds must take off to be worth it
 TRIED_VECTORS = 1_000  # that rounds are tried on
 LSQ_FILE = "lsq.npz"  # beside the checkpoints, with a number: LSQ half done
