@@ -243,6 +243,17 @@ def test_texts_and_metadata_come_back_as_they_were(additive, clustered):
     assert index.get(["x", "a"], missing_ok=True) == expected[:1]
 
 
+def test_ids_are_compared_whole(additive, clustered):
+    """SQLite's JSON, by which many values travel, ends strings at the character U+0000."""
+    ids = ["a", "a\0b", "a\0", "b"]
+    index = RQMoEIndex(additive)
+    index.add(clustered[:4], ids=ids)
+    for id in ids:
+        for wanted in (id, {"$in": [id]}, {"$in": {id, "x"}}):
+            assert [document.id for document in index.documents({"$id": wanted})] == [id]
+    assert [document.id for document in index.documents({"$id": {"$nin": ids[:2]}})] == ids[2:]
+
+
 def test_update_keeps_what_is_not_given(additive, clustered):
     index = RQMoEIndex(additive, keep_floats=True)
     index.add(clustered[:3], texts=list("abc"), metadata=[{"n": 0}, {"n": 1}, {"n": 2}])

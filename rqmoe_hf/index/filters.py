@@ -141,9 +141,13 @@ def _in(field: Field, wanted: object) -> tuple[str, list[Scalar]]:
     scalars = [_scalar(value, "$in", field.name) for value in wanted]
     if any(isinstance(value, float) and math.isinf(value) for value in scalars):
         raise ValueError(f"$in on {field.name!r} expects finite numbers, got {wanted!r}.")
+    # SQLite's JSON ends strings at the character U+0000, which metadata are compared up to anyway. Ids are not.
+    apart = {value for value in scalars if field.name == ID and isinstance(value, str) and "\0" in value}
+    listed = json.dumps([value for value in scalars if value not in apart])
     plain = f"coalesce({field.kind}, 'null') NOT IN ('null', 'array', 'object')"
     found = f"({plain} AND {field.value} IN (SELECT atom FROM json_each(?) WHERE atom IS NOT NULL))"
-    parts: list[tuple[str, list[Scalar]]] = [(found, [*field.bound, *field.bound, json.dumps(scalars)])]
+    parts: list[tuple[str, list[Scalar]]] = [(found, [*field.bound, *field.bound, listed])]
+    parts += [_condition(field, "$eq", value) for value in apart]
     if None in scalars:
         parts.append(_condition(field, "$eq", None))
     return _joined(parts, "OR", "0")
