@@ -126,6 +126,10 @@ def test_build_from_embeddings_codes_and_tables(saved, clustered, tmp_path, monk
     with RQMoEIndex.load("third") as index:
         assert index.get(["k7"])[0].text == "words" and index.count({"year": {"$lt": 10}}) == 10
         assert index.settings["metric"] == "l2"
+        index.remove(["k7", "k9"])
+    again = ["add", "third", "table.parquet", *options[2:8], "--metadata", "year"]
+    rqmoe(*again, code=1)  # ids that are there
+    assert "Added 500 vectors; the index holds 500" in rqmoe(*again, "--duplicates", "skip")
     assert "third is whole" in rqmoe("verify", "third")
     shown = rqmoe("info", "third")
     assert "500" in shown and "l2" in shown and "3 (float32: 64)" in shown

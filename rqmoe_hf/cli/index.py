@@ -23,6 +23,9 @@ EncoderName = Annotated[
 IdColumn = Annotated[str, typer.Option(help="Column that holds the ids. Without it they are counted.")]
 Metadata = Annotated[list[str] | None, typer.Option("--metadata", help="Column to keep as metadata. May be repeated.")]
 BatchSize = Annotated[int, typer.Option(help="Vectors that are committed together.")]
+Known = Annotated[
+    str, typer.Option("--duplicates", help="Of ids that the index has already: error, skip or replace.")
+]
 
 
 @app.command()
@@ -41,6 +44,7 @@ def build(
     metadata: Metadata = None,
     split: Split = "train",
     batch_size: BatchSize = 16_384,
+    duplicates: Known = "error",
     revision: Revision = None,
 ) -> None:
     """Make an index from embeddings, texts or codes. A run that was stopped continues where it was."""
@@ -68,7 +72,7 @@ def build(
             num_codebooks=num_codebooks,
             keep_floats=keep_floats,
         )
-    _fill(index, source, column, text_column, id_column, metadata, split, batch_size)
+    _fill(index, source, column, text_column, id_column, metadata, split, batch_size, duplicates)
 
 
 @app.command()
@@ -82,21 +86,23 @@ def add(
     metadata: Metadata = None,
     split: Split = "train",
     batch_size: BatchSize = 16_384,
+    duplicates: Known = "error",
 ) -> None:
     """Add to an index. A run that was stopped continues where it was."""
     from ..index import RQMoEIndex
 
     index = RQMoEIndex.load(folder, encoder=encoder)
-    _fill(index, source, column, text_column, id_column, metadata, split, batch_size)
+    _fill(index, source, column, text_column, id_column, metadata, split, batch_size, duplicates)
 
 
 def _fill(
     index: "RQMoEIndex", source: str, column: str, text_column: str, id_column: str, metadata: list[str] | None,
-    split: str, batch_size: int,
+    split: str, batch_size: int, duplicates: str,
 ) -> None:  # fmt: skip
     with index:
         read = index.add_from(source, column=column, text_column=text_column, id_column=id_column,
-                              metadata_columns=metadata or [], split=split, batch_size=batch_size)  # fmt: skip
+                              metadata_columns=metadata or [], split=split, batch_size=batch_size,
+                              duplicates=duplicates)  # type: ignore[arg-type]  # fmt: skip
         index.save()
         print(f"Added {read:,} vectors; the index holds {len(index):,}.")
 
