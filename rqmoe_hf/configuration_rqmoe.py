@@ -65,6 +65,7 @@ class RQMoEConfig(PreTrainedConfig):
         local_search: Default rounds of local search with which the encoder improves the codes of the beam: slower, and
             closer. 0 is none. It keeps tables of (num_codebooks * codebook_size)^2 numbers, for each of search_blocks.
         base_model: Id of the encoder whose embeddings this quantizer was trained for.
+        unit_norm: Whether the embeddings that it was initialised on all had norm 1. `None`: not on record.
     """
 
     model_type = "rqmoe"
@@ -88,6 +89,7 @@ class RQMoEConfig(PreTrainedConfig):
     beam_size: int = 4
     local_search: int = 0
     base_model: str | None = None
+    unit_norm: bool | None = None
 
     @classmethod
     def additive(cls, **kwargs) -> "RQMoEConfig":

@@ -111,8 +111,11 @@ class RQMoEModel(RQMoEPreTrainedModel):
     def is_unit_norm(self) -> bool:
         """Whether the embeddings that it was initialised on had norm 1, so that cosine is what ranks them.
 
-        Their mean squared norm is that of the mean plus the variance of all dimensions.
+        Where that is not on record, whether their squared norm was 1 in the mean: it is that of the mean plus the
+        variance of all dimensions.
         """
+        if self.config.unit_norm is not None:
+            return self.config.unit_norm
         mean_square = self.mean.float().square().sum() + self.config.hidden_size * self.scale.float().square()
         return bool((mean_square - 1).abs() < 0.01)
 

@@ -279,6 +279,13 @@ def test_faiss_files(tmp_path, clustered):
     assert np.array_equal(
         convert_faiss(tmp_path / "pq").compress(clustered[:100]), product.compute_codes(clustered[:100])
     )
+    for number, kind in enumerate(["OPQ4,PQ4x4np", "OPQ4,PQ4x4", "RR,RQ4x4", "RR,LSQ4x4"]):
+        index = faiss.index_factory(16, kind)
+        index.train(clustered)
+        faiss.write_index(index, str(tmp_path / "chain"))
+        expected = index.sa_decode(index.sa_encode(clustered[:100]))
+        converted = convert_faiss(tmp_path / "chain").decompress(index.sa_encode(clustered[:100])[:, :2])
+        np.testing.assert_allclose(converted, expected, atol=1e-4, err_msg=f"{number} {kind}")
     (tmp_path / "bad").write_bytes((tmp_path / "rq.index").read_bytes()[:300])
     with pytest.raises(ValueError, match="no Faiss index"):
         convert_faiss(tmp_path / "bad")

@@ -103,3 +103,16 @@ def test_bad_samples_are_refused(clustered):
     with pytest.raises(ValueError, match="use 'rq'"):
         initialize(big, np.random.default_rng(0).normal(size=(40_000, 2)), "lsq")
     assert not model.is_initialized
+
+
+def test_norms_of_1_are_told_from_norms_of_1_in_the_mean(clustered, tmp_path):
+    """Search brings reconstructions to norm 1 where the embeddings had it, and only there."""
+    drawn = np.random.default_rng(0).normal(size=(2000, 16)).astype(np.float32) / 4
+    assert np.square(drawn).sum(1).mean() == pytest.approx(1, abs=0.01)
+    unit = drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+    for vectors, expected in ((drawn, False), (unit, True), (unit.astype(np.float16).astype(np.float32), True)):
+        initialize(RQMoEModel(RQMoEConfig.additive(**COMMON)), vectors).save_pretrained(tmp_path)
+        model = RQMoEModel.from_pretrained(tmp_path)
+        assert model.is_unit_norm is expected
+        model.config.unit_norm = None  # a quantizer from before this was on record
+        assert model.is_unit_norm

@@ -157,6 +157,15 @@ def test_checkpoints_of_another_run_are_not_continued(clustered, tmp_path):
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
+def test_what_a_stopped_run_started_from_is_not_the_next_ones(clustered, tmp_path):
+    """It was killed before its first checkpoint: the next run may be of another kind."""
+    good = initialize(RQMoEModel(RQMoEConfig.additive(**CONFIG | {"num_codebooks": 8})), clustered)
+    good.save_pretrained(tmp_path / "checkpoints" / "additive")
+    data = load_embeddings(clustered), load_embeddings(clustered[:500])
+    train_quantizer(RQMoEConfig.additive(**CONFIG, local_search=2), *data, arguments(tmp_path), "lsq", init_rounds=2)
+    assert RQMoEModel.from_pretrained(tmp_path).config.num_codebooks == CONFIG["num_codebooks"]
+
+
 def test_one_process_trains_on_one_gpu(clustered, tmp_path, caplog):
     """The Trainer copies a model to all GPUs of its process otherwise."""
     args = arguments(tmp_path, eval_strategy="no", load_best_model_at_end=False)

@@ -45,10 +45,10 @@ def convert_faiss(source: "str | Path | faiss.Index") -> RQMoEModel:
 
 def _convert(index: Any) -> RQMoEModel:
     """The model of an index in memory."""
-    rotation, mean = None, None
+    rotation, mean, owner = None, None, index  # which frees what it consists of when nobody holds it any more
     if isinstance(index, faiss.IndexPreTransform):
         rotation, mean = _rotation(index)
-        index = faiss.downcast_index(index.index)
+        index = faiss.downcast_index(owner.index)
     if isinstance(index, faiss.Index) and not index.is_trained:
         raise ValueError("The Faiss index is not trained: it has no codebooks yet.")
     if isinstance(index, (faiss.IndexResidualQuantizer, faiss.IndexLocalSearchQuantizer)):

@@ -25,6 +25,7 @@ CODE_BITS = (8, 11)
 BLOCK_BYTES = 16
 METHODS = {"rq": "Faiss RQ", "lsq": "LSQ"}
 BLOCK = 16_384  # vectors of which there is a copy in float64
+NORM_TOLERANCE = 0.01  # mean distance of squared norms from 1, up to which all are taken for 1
 
 
 def initialize(
@@ -77,7 +78,7 @@ def initialize(
             f"Codebooks of {config.codebook_size} codewords need at least {needed} vectors, got {len(embeddings)}: "
             "give more, or choose a smaller codebook_size."
         )
-    mean, variance = _moments(embeddings)
+    mean, variance, deviation = _moments(embeddings)
     if not np.isfinite(variance) or variance <= 0:
         raise ValueError(f"The embeddings' variance is {variance}: they are constant, or hold NaN or infinity.")
     if method == "lsq":
@@ -99,6 +100,7 @@ def initialize(
         rows = np.random.default_rng(seed).permutation(len(embeddings))[:sample_size]
         sample = standardize(embeddings[np.sort(rows)], mean, np.sqrt(variance))
         codebooks = _rq_codebooks(sample, model, beam_size, seed)
+    config.unit_norm = bool(deviation < NORM_TOLERANCE)
     with torch.no_grad():
         model.mean.copy_(torch.from_numpy(mean))
         model.scale.fill_(float(np.sqrt(variance)))
@@ -115,13 +117,18 @@ def check_method(method: str) -> None:
         raise ValueError(f"init_method must be one of {', '.join(METHODS)}, got {method!r}.")
 
 
-def _moments(embeddings: np.ndarray) -> tuple[np.ndarray, float]:
-    """Mean, float64 `(d,)`, and mean variance per dimension, with no copy of all embeddings in float64."""
+def _moments(embeddings: np.ndarray) -> tuple[np.ndarray, float, float]:
+    """Mean, float64 `(d,)`, mean variance per dimension, and how far squared norms are from 1 in the mean.
+
+    With no copy of all embeddings in float64.
+    """
     mean = embeddings.mean(axis=0, dtype=np.float64)
-    squares = np.zeros_like(mean)
+    squares, deviation = np.zeros_like(mean), 0.0
     for start in range(0, len(embeddings), BLOCK):
-        squares += np.square(embeddings[start : start + BLOCK] - mean).sum(axis=0)
-    return mean, (squares / len(embeddings)).mean()
+        block = embeddings[start : start + BLOCK]
+        squares += np.square(block - mean).sum(axis=0)
+        deviation += np.abs(np.square(block, dtype=np.float64).sum(axis=1) - 1).sum()
+    return mean, (squares / len(embeddings)).mean(), deviation / len(embeddings)
 
 
 def standardize(embeddings: np.ndarray, mean: np.ndarray, scale: np.ndarray | np.floating) -> np.ndarray:

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import shutil
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +35,8 @@ LSQ_ROWS = 1_000_000  # vectors that LSQ is trained on, at most: all are kept in
 MAX_LOCAL_SEARCH, WORTHWHILE = 256, 0.02  # rounds at most; error that twice the rounds must take off to be worth it
 TRIED_VECTORS = 1_000  # that rounds are tried on
 LSQ_FILE = "lsq.npz"  # beside the checkpoints, with a number: LSQ half done
-SAVED_WITH = ("_name_or_path", "architectures", "dtype", "transformers_version")  # of a config; not settings of a run
+# Entries of a config that are no settings of a run.
+FOUND = ("_name_or_path", "architectures", "dtype", "transformers_version", "unit_norm")
 ADDITIVE_FOLDER = "additive"  # beside the checkpoints: what training started from
 RUN_FILE = "run.json"  # beside the checkpoints: whose they are
 
@@ -104,6 +106,7 @@ def train_quantizer(
         init_method == "lsq" if isinstance(model, RQMoEConfig) else quantizer.config.local_search > 0
     )
     if checkpoint is None and args.process_index == 0:
+        shutil.rmtree(Path(args.output_dir) / ADDITIVE_FOLDER, ignore_errors=True)  # of a run that got no further
         if not quantizer.is_initialized:
             annealing = (init_rounds, init_temperature)
             _start(quantizer, train_dataset, args, init_method, init_sample_size, init_beam_size, annealing)
@@ -161,7 +164,7 @@ def _identify(
     config = model if isinstance(model, RQMoEConfig) else model.config
     names = ("init_method", "init_sample_size", "init_beam_size", "init_rounds", "init_temperature")
     fields = json.loads(config.to_json_string(use_diff=False))  # as it will be read again
-    fields = {name: value for name, value in fields.items() if name not in SAVED_WITH}
+    fields = {name: value for name, value in fields.items() if name not in FOUND}
     return {
         **fields,
         **dict(zip(names, start, strict=True)),
@@ -263,7 +266,7 @@ def suitable_rounds(model: RQMoEModel, vectors: np.ndarray) -> int:
 def additive_member(model: RQMoEModel, init_method: str) -> RQMoEModel:
     """The additive quantizer that a new model starts from: its codebooks, without experts."""
     config = model.config
-    names = ("hidden_size", "num_codebooks", "codebook_size", "codebook_sizes", "base_model")
+    names = ("hidden_size", "num_codebooks", "codebook_size", "codebook_sizes", "base_model", "unit_norm")
     search = {"beam_size": config.beam_size, "local_search": config.local_search}
     if init_method == "lsq":
         search = {"beam_size": LOCAL_SEARCH_BEAM, "local_search": max(config.local_search, LOCAL_SEARCH)}
