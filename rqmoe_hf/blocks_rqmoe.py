@@ -52,7 +52,7 @@ def find_codes(
     """Beam search, then local search, of each block.
 
     A beam of one is left to the local search of an additive quantizer, which has all distances anyway. Not so a single
-    code: its distances are float16 there, and nothing would improve it.
+    code: its distances are float16 there, and nothing would improve it; so it needs none of local search's tables.
 
     Args:
         target: Standardised vectors, float32 `(n, d)`.
@@ -71,13 +71,14 @@ def find_codes(
     for block in blocks:
         tables, steps = partial(_tables_of, tables_for, block.start), block.stop - block.start
         left = target if restored is None else target - restored
+        rounds = local_search if steps > 1 else 0
         known = tables(dtype)
-        if local_search and steps > 1 and search["beam_size"] == 1 and known.features is None:
-            found, near = refine_codes(left, None, known, steps, local_search, settle_ties)
+        if rounds and search["beam_size"] == 1 and known.features is None:
+            found, near = refine_codes(left, None, known, steps, rounds, settle_ties)
         else:
             found, near = encode_vectors(left, tables, dtype, num_codebooks=steps, settle_ties=settle_ties, **search)
-            if local_search:
-                found, near = refine_codes(left, found, known, steps, local_search, settle_ties)
+            if rounds:
+                found, near = refine_codes(left, found, known, steps, rounds, settle_ties)
         codes.append(found)
         restored = near if restored is None else restored + near
     assert restored is not None  # there is a block

@@ -63,7 +63,8 @@ class RQMoEConfig(PreTrainedConfig):
         num_candidates: Default number of codewords per beam entry that the encoder evaluates exactly.
         beam_size: Default number of partial codes that the encoder keeps per vector.
         local_search: Default rounds of local search with which the encoder improves the codes of the beam: slower, and
-            closer. 0 is none. It keeps tables of (num_codebooks * codebook_size)^2 numbers, for each of search_blocks.
+            closer. 0 is none. It keeps a table of all pairs of codewords, for each of search_blocks: up to 32,768
+            codewords in a block of several codebooks.
         base_model: Id of the encoder whose embeddings this quantizer was trained for.
         unit_norm: Whether the embeddings that it was initialised on all had norm 1. `None`: not on record.
     """

@@ -4,8 +4,10 @@ A config.json and the header of a weight file come from strangers. A few bytes o
 steer transformers away from reading weights, so both are checked before anything is allocated.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
+from itertools import islice
+from math import isqrt
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ LARGEST = {
     "local_search": 10_000,
 }
 MAX_NUMBERS = 1 << 32  # of weights, or of one kind of table made from them: 17 GB in float32
-MAX_CODEWORDS_IN_LOCAL_SEARCH = 65_536  # of all codebooks; the search keeps the square of it
+MAX_PAIRS = 1 << 30  # entries of a table of pairs of local search: 2 GiB
 LARGEST_WEIGHT = 1e15
 MAX_LABELS = 1_000  # transformers makes a dictionary of them; a quantizer has none
 WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
@@ -71,13 +73,25 @@ def check_sizes(config: Any) -> None:
                 f"This configuration asks for {count:,} {what}; at most {MAX_NUMBERS:,} are allowed: choose a smaller "
                 "hidden_size, num_codebooks, codebook_size, num_experts or intermediate_size."
             )
-    blocks = config.search_blocks or [config.num_codebooks]
-    pairs = sum((count * config.codebook_size) ** 2 for count in blocks)
-    if config.local_search and pairs > MAX_CODEWORDS_IN_LOCAL_SEARCH**2:
+    if config.local_search:
+        sizes = iter(config.codebook_sizes or [config.codebook_size] * config.num_codebooks)
+        blocks = [list(islice(sizes, count)) for count in config.search_blocks or [config.num_codebooks]]
+        check_pairs([block for block in blocks if len(block) > 1])  # a single code is not searched for
+
+
+def check_pairs(blocks: Iterable[Sequence[int]]) -> None:
+    """Raises ValueError if local search's tables of pairs of codewords, one for each block, would be too large.
+
+    Args:
+        blocks: Codebook sizes of each block.
+    """
+    counts = [sum(sizes) for sizes in blocks]
+    pairs = [count**2 for count in counts]
+    if max(pairs, default=0) > MAX_PAIRS or sum(pairs) > MAX_NUMBERS:
         raise ValueError(
-            "local_search keeps (num_codebooks * codebook_size)^2 numbers, or that for each of search_blocks: it "
-            f"is allowed up to {MAX_CODEWORDS_IN_LOCAL_SEARCH:,} codewords in all, got {config.num_codebooks} "
-            f"codebooks of {config.codebook_size:,} in blocks of {_shown(blocks)}. Set local_search=0."
+            f"Local search keeps a table of all pairs of a block's codewords: at most {MAX_PAIRS:,} of a block "
+            f"({isqrt(MAX_PAIRS):,} codewords) and {MAX_NUMBERS:,} of all blocks are allowed, got {_shown(counts)} "
+            "codewords in the blocks. Set local_search=0, or choose smaller codebooks or search_blocks."
         )
 
 

@@ -23,11 +23,11 @@ from torch.nn import functional as F
 
 from .decoding_rqmoe import decode_codes
 from .encoding_rqmoe import CPU_CHUNK_BYTES, DEVICE_CHUNK_BYTES, Tables
+from .limits_rqmoe import MAX_PAIRS, check_pairs
 from .numba_rqmoe import FEW, TILE, Layout, Plan, can_sweep, empty_table, score_few, search_codes, sweep_codes
 from .triton_rqmoe import can_choose, choose_codes
 
 LOCAL_SEARCH, LOCAL_SEARCH_BEAM = 32, 1  # with which codebooks of LSQ are used: rounds are worth more than a beam
-MAX_PAIRS = 1 << 30  # entries of the table of pairs: 2 GiB
 SWEEPS = 2  # times every code is chosen again, per round
 PAIR_ROWS = 4096  # of the table, computed at a time
 MAX_ENERGY = 6e4  # in units, of the pairs of one code together: float16 ends at 65,504
@@ -142,11 +142,7 @@ def build_pair_tables(codebooks: Sequence[torch.Tensor]) -> PairTables:
         ValueError: If they would take more than 2 GiB.
     """
     sizes = [len(codebook) for codebook in codebooks]
-    if sum(sizes) ** 2 > MAX_PAIRS:
-        raise ValueError(
-            f"Local search keeps a table of all pairs of codewords, {sum(sizes):,}^2 numbers, more than "
-            f"{MAX_PAIRS:,}: set local_search=0, or use smaller codebooks."
-        )
+    check_pairs([sizes])
     codewords = torch.cat([codebook.float() for codebook in codebooks])
     starts = torch.tensor([0, *sizes[:-1]], device=codewords.device).cumsum(0)
     norms = codewords.square().sum(-1)

@@ -70,6 +70,16 @@ def test_a_first_block_of_one_codebook_is_the_nearest_codeword(books, clustered)
     np.testing.assert_array_equal(codes[:, 0], index.search(clustered[:500], 1)[1][:, 0])
 
 
+def test_a_block_of_one_codebook_needs_no_table_of_its_pairs():
+    generator = np.random.default_rng(6)
+    books, vectors = generator.normal(size=(2, 40_000, 4)).astype(np.float32), generator.normal(size=(20, 4))
+    codes = quantizer(list(books), search_blocks=[1, 1], local_search=4).encode(torch.from_numpy(vectors)).codes
+    left = vectors
+    for book, column in zip(books, codes.T, strict=True):
+        np.testing.assert_array_equal(column, [np.square(book - row).sum(axis=1).argmin() for row in left])
+        left = left - book[column]
+
+
 def test_blocks_survive_saving_and_training_mode(books, clustered, tmp_path):
     model = quantizer(books, search_blocks=[3, 2], local_search=2)
     model.save_pretrained(tmp_path)
@@ -138,6 +148,12 @@ def test_a_first_block_of_one_codebook_is_trained_by_k_means(clustered):
     kmeans.train(clustered)
     error = np.square(clustered - model.decompress(model.compress(clustered, num_codebooks=1), num_codebooks=1))
     assert error.sum(axis=1).mean() <= 1.05 * kmeans.obj[-1] / len(clustered)
+
+
+def test_k_means_is_not_held_to_the_limit_of_tables(clustered, monkeypatch):
+    monkeypatch.setattr("rqmoe_hf.training.initialization.MAX_PAIRS", 31**2)
+    config = RQMoEConfig.additive(hidden_size=16, num_codebooks=2, codebook_size=32, search_blocks=[1, 1])
+    assert initialize(RQMoEModel(config), clustered, "lsq", rounds=1, show_progress_bar=False).is_initialized
 
 
 def test_training_continues_in_the_block_where_it_was_stopped(clustered, tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from rqmoe_hf.index import RQMoEIndex, verify
 from rqmoe_hf.index.documents import State
 from rqmoe_hf.index.storage import DATABASE, MANIFEST
 from rqmoe_hf.limits_rqmoe import count_features, count_weights
+from rqmoe_hf.local_search_rqmoe import build_pair_tables
 from rqmoe_hf.saving import maker_record
 
 # --- config.json -------------------------------------------------------------------------------------------------
@@ -58,7 +59,8 @@ HOSTILE = {
         ({"hidden_size": None}, "expected int"),
         ({"hidden_size": 65_536, "num_codebooks": 4_096}, r"asks for 35,[\d,]+ weights; at most 4,294,967,296"),
         ({"codebook_size": 65_536, "num_experts": 512, "hidden_size": 1}, "numbers in tables"),
-        ({"num_codebooks": 64, "codebook_size": 4_096, "local_search": 1}, "up to 65,536 codewords in all"),
+        ({"num_codebooks": 64, "codebook_size": 4_096, "local_search": 1}, r"32,768 codewords\).*got \[262144\]"),
+        ({"num_codebooks": 129, "num_experts": 0, "local_search": 1}, r"got \[33024\]"),
         (
             {
                 "num_codebooks": 512,
@@ -68,7 +70,7 @@ HOSTILE = {
                 "search_blocks": [8] * 64,
                 "local_search": 1,
             },
-            "up to 65,536 codewords in all",
+            "4,294,967,296 of all blocks are allowed",
         ),
         ({"search_blocks": [8.5]}, "search_blocks"),
     ],
@@ -120,7 +122,21 @@ def test_large_but_real_quantizers_are_allowed():
     RQMoEConfig.additive(hidden_size=4096, num_codebooks=64, codebook_size=4096)
     RQMoEConfig.additive(hidden_size=1024, num_codebooks=32, codebook_size=65_536)
     RQMoEConfig(hidden_size=4096, num_codebooks=32, codebook_size=1024, num_experts=8, intermediate_size=1024)
-    RQMoEConfig.additive(hidden_size=384, num_codebooks=32, codebook_size=2048, local_search=16)
+    RQMoEConfig.additive(num_codebooks=32, codebook_size=2048, search_blocks=[16, 16], local_search=16)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "blocks"),
+    [([256] * 128, None), ([8192] + [256] * 8, None), ([40_000, 256, 256], [1, 2]), ([65_536], None)],
+)
+def test_local_search_is_allowed_what_its_tables_hold(sizes, blocks):
+    settings = {"num_codebooks": len(sizes), "codebook_size": max(sizes), "codebook_sizes": sizes}
+    RQMoEConfig.additive(**settings, search_blocks=blocks, local_search=16)
+
+
+def test_local_search_refuses_what_its_config_refuses():
+    with pytest.raises(ValueError, match=r"32,768 codewords\).*got \[33024\]"):
+        build_pair_tables([torch.zeros(256, 2)] * 129)
 
 
 def test_weights_are_counted_without_a_model():

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from ..configuration_rqmoe import RQMoEConfig
-from ..local_search_rqmoe import LOCAL_SEARCH, LOCAL_SEARCH_BEAM, MAX_PAIRS
+from ..limits_rqmoe import MAX_PAIRS
+from ..local_search_rqmoe import LOCAL_SEARCH, LOCAL_SEARCH_BEAM
 from ..modeling_rqmoe import RQMoEModel
 from .faiss_header import check_header
 from .state import fill, naming

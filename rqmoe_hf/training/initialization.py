@@ -11,7 +11,7 @@ import torch
 from ..additive import faiss_widths
 from ..blocks_rqmoe import blocks_of
 from ..codes import bits_per_code, sizes_for_bytes, sizes_of
-from ..local_search_rqmoe import MAX_PAIRS
+from ..limits_rqmoe import MAX_PAIRS
 from ..modeling_rqmoe import RQMoEModel
 from .augmentation import NeighborJitter
 from .blocks import train_blocks
@@ -53,7 +53,7 @@ def initialize(
         embeddings: Floating point `(n, hidden_size)`.
         method: `"rq"`: Faiss's residual quantizer, any size. `"lsq"`: codebooks optimised together, block
             by block if the config has `search_blocks` ([`train_blocks`]), better and slower; its tables grow with the
-            square of num_codebooks * codebook_size.
+            square of a block's codewords.
         sample_size: Vectors that the residual quantizer trains on, or that a round of LSQ sees.
         beam_size: Beam of the residual quantizer in its training.
         seed: For the sample and the training.
@@ -224,7 +224,7 @@ def _residual_kmeans(sample: np.ndarray, sizes: list[int], seed: int) -> list[np
 
 
 def _check_lsq(sizes: list[int]) -> None:
-    if sum(sizes) ** 2 > MAX_PAIRS:
+    if len(sizes) > 1 and sum(sizes) ** 2 > MAX_PAIRS:  # one alone is found by k-means, without a table
         raise ValueError(
             f"method='lsq' keeps a table of all pairs of the {' + '.join(map(str, sizes))} codewords, more than "
             f"{MAX_PAIRS:,}: use 'rq', or smaller codebooks."
