@@ -28,6 +28,16 @@ def blocks_of(config: RQMoEConfig, num_codebooks: int) -> list[slice]:
     return blocks
 
 
+def cuts_of(config: RQMoEConfig, num_codebooks: int) -> list[int]:
+    """Numbers of codes to which codes of `num_codebooks` steps can be cut; the last is all of them.
+
+    Codes that local search found together only make sense together: in whole blocks.
+    """
+    if config.has_experts or not config.local_search:
+        return list(range(1, num_codebooks + 1))
+    return [block.stop for block in blocks_of(config, num_codebooks)]
+
+
 def block_of(codebooks: torch.Tensor, config: RQMoEConfig, start: int | None) -> tuple[torch.Tensor, list[int] | None]:
     """The codebooks `(m, K, d)` of the block that begins at a step, and their sizes; all of them if it is None."""
     sizes = config.codebook_sizes

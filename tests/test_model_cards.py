@@ -8,14 +8,15 @@ from conftest import ROOT
 from huggingface_hub import ModelCard
 from transformers import AutoModel
 
-from rqmoe_hf import RQMoEModel, bundled_quantizers
+from rqmoe_hf import RQMoEConfig, RQMoEModel, bundled_quantizers
 from rqmoe_hf.hub import RQMoECardData
-from rqmoe_hf.hub.cards import is_generated
+from rqmoe_hf.hub.cards import is_generated, render_card
 from rqmoe_hf.record import load_record
 from rqmoe_hf.saving import weights_checksum
 
 FOLDERS = sorted(path for path in (ROOT / "model_cards").iterdir() if path.is_dir())
 
+PREFIX = "to 9, or to fewer with a prefix of the codes: "
 EVERYTHING = 525_232  # training vectors of minilm-384
 
 
@@ -81,3 +82,23 @@ def test_card_data_can_be_given_and_extended():
         "tags": data.tags,
     }
     assert "rqmoe" in data.tags
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"num_experts": 1, "gate": "none", "local_search": 4}, PREFIX),
+        ({"num_experts": 0}, PREFIX),
+        ({"num_experts": 0, "local_search": 4}, "to 9: "),
+        ({"num_experts": 0, "local_search": 4, "search_blocks": [9]}, "to 9: "),
+        ({"num_experts": 0, "local_search": 4, "search_blocks": [1] * 9}, PREFIX),
+        (
+            {"num_experts": 0, "local_search": 4, "search_blocks": [1, 3, 5], "codebook_size": 4096},
+            "to 14, or to 2 with the first code or 6 with the first 4 codes: ",
+        ),
+        ({"num_experts": 0, "num_codebooks": 1}, "to 1: "),
+    ],
+)
+def test_a_card_says_to_what_vectors_can_be_cut(settings, said):
+    card = render_card(RQMoEModel(RQMoEConfig(**{"hidden_size": 8, "num_codebooks": 9, **settings})), "org/model")
+    assert f"(float32) {said}" in card.content

@@ -22,7 +22,7 @@ from sentence_transformers import SentenceTransformer
 from typer.testing import CliRunner
 from webdriver import CHROMIUM, ENTER, Browser
 
-from rqmoe_hf import RQMoEConfig, RQMoEModel
+from rqmoe_hf import RQMoEConfig, RQMoEModel, bytes_per_vector
 from rqmoe_hf.cli import app as command_line
 from rqmoe_hf.index import RQMoEIndex
 from rqmoe_hf.serve import LiveIndex, make_app
@@ -160,12 +160,12 @@ def test_the_page_in_a_browser(address, browser):
     browser.run(move, "#shortlist", 99)
     browser.wait("return document.querySelector('#shortlist-words').textContent === 'all 120'")
     browser.wait(f"{recall} === '1.00'")
-    browser.run(move, "#bytes", 1)
+    browser.run(move, "#bytes", 0)
     browser.wait("return document.querySelector('#bytes-words').textContent === '1 B, 1 of 12 codes'")
     browser.wait("return document.querySelector('#lost li') && document.querySelector('#dots .missed')")
     assert float(browser.wait(compared)) < 1
     assert browser.run("return document.querySelector('#smaller').textContent") == "1536\u00d7"
-    browser.run(move, "#bytes", 12)
+    browser.run(move, "#bytes", 11)
     browser.wait(f"{recall} === '1.00'")
 
     assert browser.run("return document.title") == "<b>notes - rqmoe"
@@ -184,6 +184,15 @@ def test_the_page_says_why_joint_codes_cannot_be_cut_and_that_a_server_is_gone(b
         browser.wait("return document.title === 'joint - rqmoe'")
         assert browser.run("return document.querySelector('#bytes').checkVisibility()") is False
         assert "found together" in browser.run("return document.querySelector('#why-not-bytes').innerText")
+    model = make_index(tmp_path / "blocks", RQMoEConfig.additive(**COMMON, local_search=4, search_blocks=[3, 1]))
+    with serving(LiveIndex(tmp_path / "blocks", model, Letters())) as port:
+        browser.open(f"http://localhost:{port}")
+        browser.wait("return document.title === 'blocks - rqmoe'")
+        assert "to whole blocks" in browser.run("return document.querySelector('#why-not-bytes').innerText")
+        browser.run("const slider = document.querySelector('#bytes'); slider.stepDown(); "
+                    "slider.dispatchEvent(new Event('input'))")  # fmt: skip
+        words = browser.run("return document.querySelector('#bytes-words').textContent")
+        assert words == f"{bytes_per_vector(3, COMMON['codebook_size'])} B, 3 of 4 codes"
     browser.type("#query", "text 1" + ENTER)
     browser.wait("return document.querySelector('#status.error')?.textContent.includes('does not answer')")
 
@@ -255,11 +264,26 @@ def test_a_large_index_is_searched_but_not_compared(tmp_path):
     live = LiveIndex(tmp_path / "index", make_index(tmp_path / "index"), Letters(), exact_up_to=VECTORS - 1)
     with serving(live) as port:
         described = found_index(port)
-        assert (described["exact"], described["shortest"]) == (None, 4)
+        assert (described["exact"], described["cuts"]) == (None, [4])
         assert "299" in described["why_not_exact"]
         assert found(port, "/api/search", query="text 7")["hits"]
         for path, more in (("/api/compare", {}), ("/api/search", {"num_codebooks": 2})):
             assert ask(port, path, {"query": "text 7", **more})[0] == 422
+
+
+def test_codes_that_were_found_block_by_block_are_cut_to_whole_blocks(tmp_path):
+    model = make_index(tmp_path / "index", RQMoEConfig.additive(**COMMON, local_search=4, search_blocks=[3, 1]))
+    first = RQMoEIndex(model, num_codebooks=3, encoder=Letters())
+    texts = [*(f"text {number}" for number in range(VECTORS - 1)), "long " * 2000]
+    first.add(texts=texts, ids=[2**60 + number for number in range(VECTORS)])
+    with serving(LiveIndex(tmp_path / "index", model, Letters())) as port:
+        assert found_index(port)["cuts"] == [3, 4]
+        hits = found(port, "/api/search", query="text 7", num_codebooks=3)["hits"]
+        ids = first.search(Letters().encode_query(["text 7"])[0], 10)[1]
+        assert [int(hit["id"]) for hit in hits] == ids.tolist()
+        for steps in (1, 2):
+            status, _, text = ask(port, "/api/search", {"query": "text 7", "num_codebooks": steps})
+            assert (status, json.loads(text)["error"]) == (422, f"num_codebooks must be 3 or 4, got {steps}.")
 
 
 def test_an_empty_index(tmp_path):

@@ -10,7 +10,9 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
-from ..codes import describe_sizes
+from ..blocks_rqmoe import cuts_of
+from ..codes import bytes_per_vector, describe_sizes
+from ..configuration_rqmoe import RQMoEConfig
 from ..modeling_rqmoe import RQMoEModel
 from ..record import TRAINING_FILE, EvaluationRecord, load_record
 from ..saving import write_text
@@ -94,6 +96,7 @@ def render_card(
         codes=describe_sizes(config.num_codebooks, config.code_sizes),
         encoder=hub_id(config.base_model),
         float_bytes=float_bytes,
+        shorter=_shorter(config),
         compression=round(float_bytes / config.bytes_per_vector),
         parameters=sum(weight.numel() for weight in model.parameters()),
         record=None if record is None else asdict(record),
@@ -102,6 +105,15 @@ def render_card(
         include_code=include_code,
     )
     return ModelCard(sealed(card.content))
+
+
+def _shorter(config: RQMoEConfig) -> str:
+    """In words, the bytes to which vectors can be cut; empty if they cannot."""
+    *cuts, whole = cuts_of(config, config.num_codebooks)
+    if cuts and len(cuts) == whole - 1:
+        return "fewer with a prefix of the codes"
+    words = [(bytes_per_vector(count, config.code_sizes), f"{count} codes" if count > 1 else "code") for count in cuts]
+    return " or ".join(f"{size} with the first {codes}" for size, codes in words)
 
 
 def write_card(folder: str | Path, model_id: str | None = None) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..blocks_rqmoe import cuts_of
 from ..codes import bytes_per_vector, truncate_codes
 from ..index import Document, RQMoEIndex
 from ..index.documents import Id
@@ -21,6 +22,9 @@ COMPARED = 10  # hits that recall counts
 REMEMBERED = 256  # queries whose embeddings and exact hits are kept
 JOINT = (
     "The codes of this quantizer were found together, and only make sense together: they cannot be cut to fewer bytes."
+)
+IN_BLOCKS = (
+    "The codes of this quantizer were found together, block by block: they can be cut to whole blocks, nowhere else."
 )
 TOO_LARGE = "Exact search, and search with fewer codes, are offered up to {:,} vectors (--exact-up-to)."
 
@@ -163,19 +167,24 @@ class LiveIndex:
         return ways_to_rescore(self.settings)
 
     @property
-    def is_joint(self) -> bool:
-        """Whether the codes only make sense together (LSQ), so that a prefix of them is of no use."""
-        return not self.config.has_experts and self.config.local_search > 0
-
-    @property
     def is_large(self) -> bool:
         """Whether there are too many vectors to rank them all for every query."""
         return len(self.index) > self.exact_up_to
 
     @property
-    def shortest(self) -> int:
-        """Fewest codes per vector that can be searched with."""
-        return self.num_codebooks if self.is_joint or self.is_large else 1
+    def cuts(self) -> list[int]:
+        """Numbers of codes per vector that can be searched with; the last is all of them."""
+        return [self.num_codebooks] if self.is_large else cuts_of(self.config, self.num_codebooks)
+
+    @property
+    def _why_not_shorter(self) -> str | None:
+        """What keeps codes from being cut after any of them."""
+        blocks = len(cuts_of(self.config, self.num_codebooks))
+        if blocks == 1 < self.num_codebooks:
+            return JOINT
+        if self.is_large:
+            return TOO_LARGE.format(self.exact_up_to)
+        return IN_BLOCKS if blocks < self.num_codebooks else None
 
     def describe(self) -> dict[str, Any]:
         """What the page says of the index, as JSON."""
@@ -184,8 +193,8 @@ class LiveIndex:
             "name": self.folder.resolve().name,
             "vectors": len(self.index),
             "on_disk": describe(self.folder)["on disk"],
-            "shortest": self.shortest,
-            "why_not_shorter": JOINT if self.is_joint else too_large,
+            "cuts": self.cuts,
+            "why_not_shorter": self._why_not_shorter,
             "exact": None if self.is_large else self.rescores[0],
             "why_not_exact": too_large,
         }
@@ -227,8 +236,11 @@ class LiveIndex:
         """Number of codes and what ranks, as a setting and the defaults give them."""
         steps, rescore = setting.num_codebooks or self.num_codebooks, setting.rescore or self.rescores[0]
         check_query(query, rescore, self.rescores)
-        if not self.shortest <= steps <= self.num_codebooks:
-            raise Refused(f"num_codebooks must lie between {self.shortest} and {self.num_codebooks}, got {steps}.")
+        cuts = self.cuts
+        if steps not in cuts:
+            every = len(cuts) == self.num_codebooks
+            allowed = f"lie between 1 and {cuts[-1]}" if every else f"be {' or '.join(map(str, cuts))}"
+            raise Refused(f"num_codebooks must {allowed}, got {steps}.")
         return steps, rescore
 
     def _find(

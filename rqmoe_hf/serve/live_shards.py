@@ -49,7 +49,7 @@ class LiveShards:
             "name": self.name,
             "vectors": len(self.shards),
             "on_disk": f"{len(self.shards._shards)} shards",
-            "shortest": self.num_codebooks,
+            "cuts": [self.num_codebooks],
             "why_not_shorter": WHOLE,
             "exact": None,
             "why_not_exact": NOT_COMPARED,
