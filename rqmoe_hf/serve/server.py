@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 
 from ..index import RQMoEShards
 from .app import make_app
+from .connections import Connection
 from .guard import Workers
 from .live import LiveIndex
 from .live_shards import LiveShards
@@ -88,6 +89,7 @@ def _serve(app: ASGIApp, listening: socket.socket) -> None:
     print(f"http://{shown}:{port} (Ctrl+C ends it)", flush=True)
     settings = uvicorn.Config(
         app,
+        http=Connection,
         ws="none",
         log_level="warning",
         server_header=False,
