@@ -190,6 +190,7 @@ def _shards(api: HfApi, repo_id: str, revision: str | None) -> dict[str, list[st
 def _records(api: HfApi, repo_id: str, revision: str | None) -> dict[str, dict[str, Any]]:
     """What stands in the data set so far, by configuration; only the footers of the files are read."""
     files = HfFileSystem(endpoint=api.endpoint, token=api.token)
+    files.invalidate_cache()  # one instance serves the whole process, and lists what stood there before earlier pushes
     root = f"datasets/{repo_id}@{quote(revision or 'main', safe='')}"
     records = {}
     for name, shards in _shards(api, repo_id, revision).items():
