@@ -83,7 +83,9 @@ def arguments(folder) -> RQMoETrainingArguments:
 def test_a_run_saves_what_is_better(model, moved, tmp_path, caplog):
     before = mse(model, moved[5000:6000])
     train, held_out = load_embeddings(moved[:3000]), load_embeddings(moved[5000:6000])
-    train_quantizer(model, train, held_out, arguments(tmp_path / "out"))
+    model.commit_hash = "0" * 40  # as if it came from the Hub
+    trained = train_quantizer(model, train, held_out, arguments(tmp_path / "out"))
+    assert (trained.name_or_path, trained.commit_hash) == (str(tmp_path / "out"), None)
     assert mse(RQMoEModel.from_pretrained(tmp_path / "out").eval(), moved[5000:6000]) < 0.95 * before
     notes = json.loads((tmp_path / "out" / "training.json").read_text("utf-8"))
     assert (notes["started_from"], notes["epochs"], notes["vectors"]) == ("before", None, 3000)

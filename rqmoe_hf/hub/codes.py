@@ -175,7 +175,8 @@ def origin(quantizer: RQMoEModel, quantizer_id: str | None) -> dict[str, str | N
             f"Nobody else could decode these codes: the quantizer comes from {source or 'this process'}. Push it with "
             "push_to_hub and give its id as quantizer_id."
         )
-    return {"model": name, "revision": quantizer.commit_hash}
+    # The commit is one of the repository that the quantizer was loaded from; in another there is none of that name.
+    return {"model": name, "revision": quantizer.commit_hash if name == source else None}
 
 
 def _shards(api: HfApi, repo_id: str, revision: str | None) -> dict[str, list[str]]:

@@ -146,7 +146,7 @@ def train_quantizer(
         for file in checkpoints(Path(args.output_dir) / LSQ_FILE):
             file.unlink()
     trainer.accelerator.wait_for_everyone()
-    quantizer.name_or_path = str(output)  # where push_to_hub finds evaluation and notes
+    quantizer.name_or_path, quantizer.commit_hash = str(output), None  # where push_to_hub finds evaluation and notes
     return quantizer
 
 
