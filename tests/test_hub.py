@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset
+from huggingface_hub import DatasetCard
 
 from rqmoe_hf import RQMoEModel, bundled_quantizers
+from rqmoe_hf.hub.codes import origin
 from rqmoe_hf.hub.push import write_repository
 
 
@@ -322,6 +324,7 @@ def test_codes_of_a_command_keep_their_ids_and_an_edited_card_its_text(hub, clie
         rqmoe("push", "codes", "org/more-codes", "--model", "org/named")
         card = DatasetCard.load("org/more-codes")
         card.text = "Written by a person."
+        card.data["configs"].append({{"config_name": "texts", "data_files": "texts/*.csv"}})
         card.push_to_hub("org/more-codes")
         rqmoe("push", "codes", "org/more-codes", "--model", "org/named", "--config-name", "again")
         quantizer = RQMoEModel.from_pretrained("org/named")
@@ -336,7 +339,18 @@ def test_codes_of_a_command_keep_their_ids_and_an_edited_card_its_text(hub, clie
     """).stdout  # fmt: skip
     assert "Nobody else could decode these codes" in said
     card = hub.files("org/more-codes", "dataset")["README.md"].content.decode()
-    assert "Written by a person." in card and "config_name: again" in card and "config_name: 3x16" in card
+    assert "Written by a person." in card
+    assert {entry["config_name"]: entry["data_files"] for entry in DatasetCard(card).data["configs"]} == {
+        "3x16": "3x16/*.parquet", "again": "again/*.parquet", "texts": "texts/*.csv"}  # fmt: skip
+
+
+def test_a_commit_is_recorded_only_with_its_own_repository(small):
+    model = RQMoEModel.from_pretrained(small)
+    assert origin(model, "org/copy") == {"model": "org/copy", "revision": None}
+    model.name_or_path, model.commit_hash = "org/small", "0" * 40
+    for name in (None, "org/small"):
+        assert origin(model, name) == {"model": "org/small", "revision": "0" * 40}
+    assert origin(model, "org/copy") == {"model": "org/copy", "revision": None}
 
 
 def test_a_combined_model_travels_through_the_hub(hub, client, encoder):

@@ -207,14 +207,15 @@ def _records(api: HfApi, repo_id: str, revision: str | None) -> dict[str, dict[s
 
 
 def _card(api: HfApi, repo_id: str, revision: str | None, records: dict[str, dict], ids: bool) -> DatasetCard:
-    """The data set's card: configurations in its metadata; an edited text is kept."""
+    """The data set's card: configurations in its metadata; an edited text is kept, as are configurations of others."""
     configs = [{"config_name": name, "data_files": f"{name}/*.parquet"} for name in records]
     data = DatasetCardData(tags=["rqmoe", "embedding-compression"], configs=configs)
     try:
         found = Path(api.hf_hub_download(repo_id, "README.md", repo_type="dataset", revision=revision))
         kept = DatasetCard(found.read_text("utf-8"))
         if not is_generated(str(kept)):
-            kept.data["configs"] = configs
+            own = [entry for entry in kept.data.get("configs") or [] if entry.get("config_name") not in records]
+            kept.data["configs"] = configs + own
             return kept
     except EntryNotFoundError:
         pass
