@@ -174,7 +174,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def repository(self, kind: str, name: str) -> Repository:
         found = self.server.repositories.get((kind or "model", name))
-        if found is None:
+        if found is None or (found.private and not self.headers.get("Authorization")):
             raise NotFound("RepoNotFound")
         return found
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import site
 from pathlib import Path
 
@@ -165,6 +166,34 @@ def test_a_model_straight_from_training_knows_its_results(just_trained, small, t
         assert (tmp_path / name).read_bytes() == (small / name).read_bytes(), name
     card = (tmp_path / "README.md").read_text("utf-8")
     assert "## Results" in card and "Made up." in card and "org/tiny" in card
+
+
+def test_a_quantizer_that_was_pulled_is_pushed_with_all_that_lay_beside_it(hub, client, small, tmp_path):
+    folder = shutil.copytree(small, tmp_path / "small", ignore=shutil.ignore_patterns("checkpoint-*"))
+    (folder / "recipe.yaml").write_text("epochs: 1\n", "utf-8")
+    push(client, folder, "org/first", private=True)
+    before = hub.files("org/first")
+    client("""
+        from rqmoe_hf import RQMoEModel
+        model = RQMoEModel.from_pretrained("org/first", token="hf_given")
+        for name in ("org/first", "org/second"):
+            model.push_to_hub(name, token="hf_given")
+    """, home="reader", HF_TOKEN="")  # fmt: skip
+    assert hub.files("org/first") == before
+    for name in ("evaluation.json", "training.json", "training_log.json", "recipe.yaml"):
+        assert hub.files("org/second")[name].content == (folder / name).read_bytes(), name
+    assert b"Made up." in hub.files("org/second")["README.md"].content
+    said = client("""
+        from rqmoe_hf import RQMoEModel
+        model = RQMoEModel.from_pretrained("org/first", token="hf_given")
+        model.commit_hash = "0" * 40
+        model.push_to_hub("org/third", token="hf_given")
+    """).stderr
+    assert f"org/first at revision {'0' * 40}" in said and "without evaluation" in said
+    model = RQMoEModel.from_pretrained(small)
+    model.name_or_path, model.commit_hash = "org/first", "0" * 40
+    with pytest.raises(FileNotFoundError):  # this process is offline
+        write_repository(model, tmp_path / "offline", "org/offline")
 
 
 def test_numbers_of_other_weights_do_not_reach_the_card(hub, client, small, tmp_path):

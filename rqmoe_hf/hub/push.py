@@ -2,24 +2,30 @@
 
 import json
 import logging
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, HfApi, ModelCard
-from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
+from huggingface_hub import CommitInfo, HfApi, ModelCard, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..modeling_rqmoe import RQMoEModel
-from ..record import RECORD_FILE, TRAINING_FILE, load_record
+from ..record import RECORD_FILE, TRAINING_FILE, EvaluationRecord
 from ..saving import save_whole, weights_checksum
 from .cards import (
     RQMoECardData,
     eval_results_files,
     hub_id,
     is_generated,
-    load_training,
     render_card,
 )
 
@@ -46,8 +52,8 @@ def push_quantizer(
 ) -> CommitInfo:
     """Sends a quantizer to the Hub, in one commit.
 
-    The evaluation, the training notes and the recipe that lie beside the checkpoint the model was loaded from go with
-    it. Weights that are bfloat16 values are stored in half the bytes.
+    The evaluation, the training notes and the recipe that lie beside the checkpoint the model was loaded from, in a
+    folder or on the Hub, go with it. Weights that are bfloat16 values are stored in half the bytes.
 
     Args:
         model: The quantizer.
@@ -68,6 +74,7 @@ def push_quantizer(
 
     Raises:
         ValueError: If the model was never initialised.
+        OSError: If the Hub cannot be reached.
 
     Example:
     ```python
@@ -83,7 +90,7 @@ def push_quantizer(
     if card is None and not replace_card:
         card = _remote_card(api, repo_id, revision)
     with TemporaryDirectory() as folder:
-        write_repository(model, folder, repo_id, card, replace_card, include_code, tags)
+        write_repository(model, folder, repo_id, card, replace_card, include_code, tags, token)
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
@@ -111,11 +118,12 @@ def write_repository(
     replace_card: bool = False,
     include_code: bool = False,
     tags: list[str] | None = None,
+    token: bool | str | None = None,
 ) -> None:
     """Writes what [`push_quantizer`] sends into a folder; see there."""
     folder, source = Path(folder), Path(model.name_or_path or "-")
-    record = load_record(model.name_or_path, model.commit_hash) if model.name_or_path else None
-    notes = source if source.is_dir() else None  # of this very training
+    texts = _beside(model, token)
+    record = EvaluationRecord.from_json(texts.pop(RECORD_FILE)) if RECORD_FILE in texts else None
     if record is not None and record.weights != weights_checksum(model):
         logger.warning(
             "The %s beside %s was measured with other weights; it and the notes on their training are left out. Save "
@@ -123,22 +131,47 @@ def write_repository(
             RECORD_FILE,
             model.name_or_path,
         )
-        record = notes = None
+        record, texts = None, {}
     if model.config.base_model and hub_id(model.config.base_model) is None:
         logger.warning("config.base_model is %s: name the encoder by its Hub id.", model.config.base_model)
-    texts: dict[str, str] = {} if record is None else {RECORD_FILE: record.to_json(), **eval_results_files(record)}
-    texts |= {name: (notes / name).read_text("utf-8") for name in COMPANIONS if notes and (notes / name).is_file()}
+    training = json.loads(texts[TRAINING_FILE]) if TRAINING_FILE in texts else None
+    if record is not None:
+        texts |= {RECORD_FILE: record.to_json(), **eval_results_files(record)}
     if card is None and not replace_card and (source / "README.md").is_file():
         found = (source / "README.md").read_text("utf-8")
         card = None if is_generated(found) else ModelCard(found)
     if card is None:
         data = RQMoECardData.from_model(model, record, Path(model_id).name)
         data.tags = [*(data.tags or []), *(tag for tag in tags or [] if tag not in (data.tags or []))]
-        card = render_card(model, model_id, record, load_training(notes) if notes else None, data, include_code)
+        card = render_card(model, model_id, record, training, data, include_code)
     texts["README.md"] = str(card)
     save_whole(model, folder, texts, half_size=_fits_bfloat16(model))
     if include_code:
         _add_code(model, folder)
+
+
+def _beside(model: RQMoEModel, token: bool | str | None) -> dict[str, str]:
+    """The evaluation and the companions of the checkpoint that a model was loaded from, name to text.
+
+    That the Hub cannot be reached is raised: a push would go without what lies there.
+    """
+    source, names, texts = Path(model.name_or_path or "-"), (RECORD_FILE, *COMPANIONS), {}
+    if source.is_dir():
+        return {name: (source / name).read_text("utf-8") for name in names if (source / name).is_file()}
+    try:
+        for name in names if model.name_or_path else ():
+            with suppress(RemoteEntryNotFoundError):
+                file = hf_hub_download(model.name_or_path, name, revision=model.commit_hash, token=token)
+                texts[name] = Path(file).read_text("utf-8")
+    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError):
+        if model.commit_hash is not None:  # else the name may be that of a folder that is gone
+            logger.warning(
+                "%s at revision %s, where the quantizer comes from, cannot be read: it goes without evaluation "
+                "and notes on its training. Give a token that may read it, or push from a folder that has them.",
+                model.name_or_path,
+                model.commit_hash,
+            )
+    return texts
 
 
 def _remote_card(api: HfApi, repo_id: str, revision: str | None) -> ModelCard | None:
