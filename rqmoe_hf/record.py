@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import logging
 import os
 import platform
 import time
@@ -26,6 +27,7 @@ from .evaluation import code_usage, evaluate, nearest_neighbors, recalls, split_
 from .modeling_rqmoe import RQMoEModel
 from .saving import weights_checksum
 
+logger = logging.getLogger(__name__)
 RECORD_FILE = "evaluation.json"
 TRAINING_FILE = "training.json"  # what the training was; `rqmoe_hf.training.train_quantizer` writes it
 DATABASE_SIZES = (250, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000)
@@ -149,6 +151,19 @@ def load_record(name: str | os.PathLike, revision: str | None = None) -> Evaluat
     except (HFValidationError, EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
         return None
     return EvaluationRecord.from_json(Path(found).read_text("utf-8"))
+
+
+def record_of(model: RQMoEModel, name: str | os.PathLike, revision: str | None = None) -> EvaluationRecord | None:
+    """As [`load_record`], but `None`, with a warning, where other weights than this model's were measured."""
+    record = load_record(name, revision)
+    if record is None or record.weights == weights_checksum(model):
+        return record
+    logger.warning(
+        "The %s of %s was measured with other weights and is left out: measure these with `rqmoe evaluate --save`.",
+        RECORD_FILE,
+        name,
+    )
+    return None
 
 
 def describe_machine() -> dict[str, Any]:

@@ -196,16 +196,28 @@ def test_a_quantizer_that_was_pulled_is_pushed_with_all_that_lay_beside_it(hub, 
         write_repository(model, tmp_path / "offline", "org/offline")
 
 
-def test_numbers_of_other_weights_do_not_reach_the_card(hub, client, small, tmp_path):
+def test_numbers_of_other_weights_are_shown_nowhere(hub, client, small, clustered, tmp_path):
     model = RQMoEModel.from_pretrained(small)
     model.codebooks.data *= 1.5
     model.save_pretrained(tmp_path / "tuned")
     (tmp_path / "tuned" / "evaluation.json").write_text((small / "evaluation.json").read_text("utf-8"), "utf-8")
+    hub.put_folder("org/tuned", bundled_quantizers()["minilm-384-32-bytes"])  # whose figures are others
     said = push(client, tmp_path / "tuned", "org/tuned").stderr
     assert "was measured with other weights" in said
-    assert "evaluation.json" not in hub.files("org/tuned")
+    assert set(hub.files("org/tuned")) == {"README.md", "config.json", "model.safetensors"}
     card = hub.files("org/tuned")["README.md"].content.decode()
     assert "## Results" not in card and "## Training" not in card
+    np.save(tmp_path / "vectors.npy", clustered[:400])
+    shown = client("""
+        from rqmoe_hf.cli import app
+        from rqmoe_hf.hub import write_card
+        app(["info", "tuned"], standalone_mode=False)
+        app(["evaluate", "vectors.npy", "--model", "tuned"], standalone_mode=False)
+        write_card("tuned")
+    """)
+    assert shown.stderr.count("evaluation.json of tuned was measured with other weights") == 3, shown.stderr
+    assert "recall@10  0" not in shown.stdout and "Verdict" not in shown.stdout
+    assert "## Results" not in (tmp_path / "tuned" / "README.md").read_text("utf-8")
 
 
 def test_code_in_the_repository_runs_without_the_package(hub, client, small, clustered, tmp_path):

@@ -51,7 +51,7 @@ def evaluate(
     from ..bundled import load_quantizer, quantizer_source
     from ..data.sources import load_embeddings, sample_array
     from ..evaluation import evaluate as measure
-    from ..record import load_record
+    from ..record import record_of
 
     if sum(given is not None for given in (source, embeddings, texts)) != 1:
         raise ValueError("Give embeddings, or --texts, to measure on.")
@@ -76,7 +76,7 @@ def evaluate(
             f"{report.bytes_per_vector:5d}  {report.mse:.4g}  {report.cosine:.4f}  {report.recall_at_1_1:.3f}  "
             f"{report.recall_at_1_10:.3f}      {report.recall_10_at_10:.3f}  {entropy:.2f}"
         )
-    fit = _compare(quantizer, vectors, load_record(quantizer_source(model), revision), model)
+    fit = _compare(quantizer, vectors, record_of(quantizer, quantizer_source(model), revision), model)
     if output is not None:
         rows = [report.as_dict() for report in reports]
         output.write_text(json.dumps({"reports": rows, "fit": fit}, indent=1) + "\n", "utf-8")
@@ -87,7 +87,7 @@ def _compare(quantizer, vectors, record, model: str) -> dict | None:
     from ..fit import MIN_VECTORS, VERDICTS, check_fit
 
     if record is None or len(vectors) < MIN_VECTORS:
-        lack = f"{model} carries no evaluation" if record is None else f"fewer than {MIN_VECTORS} vectors"
+        lack = f"{model} carries no evaluation of these weights" if record is None else f"fewer than {MIN_VECTORS} vectors"
         print(f"\nNo comparison with the card: {lack}.")
         return None
     fit = check_fit(quantizer, vectors, record)

@@ -18,7 +18,7 @@ def info(
     """Show what a quantizer is, or which quantizer made some codes."""
     from ..bundled import bundled_quantizers, load_quantizer, quantizer_source
     from ..codes import describe_sizes
-    from ..record import load_record
+    from ..record import record_of
 
     if name is None:
         for bundled, folder in bundled_quantizers().items():
@@ -49,7 +49,7 @@ def info(
             f"{config.local_search} rounds of local search",
             "initialised": model.is_initialized,
         }
-        record = load_record(quantizer_source(name), revision)
+        record = record_of(model, quantizer_source(name), revision)
         if record is not None:
             whole = record.whole
             rows["MSE"] = f"{whole['mse']:.4g} (storing the mean only: {record.variance:.4g})"

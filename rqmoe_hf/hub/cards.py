@@ -14,7 +14,7 @@ from ..blocks_rqmoe import cuts_of
 from ..codes import bytes_per_vector, describe_sizes
 from ..configuration_rqmoe import RQMoEConfig
 from ..modeling_rqmoe import RQMoEModel
-from ..record import TRAINING_FILE, EvaluationRecord, load_record
+from ..record import TRAINING_FILE, EvaluationRecord, record_of
 from ..saving import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -128,7 +128,7 @@ def write_card(folder: str | Path, model_id: str | None = None) -> bool:
     if file.is_file() and not is_generated(file.read_text("utf-8")):
         return False
     model = RQMoEModel.from_pretrained(folder)
-    card = render_card(model, model_id or str(folder), load_record(folder), load_training(folder))
+    card = render_card(model, model_id or str(folder), record_of(model, folder), load_training(folder))
     write_text(file, str(card))
     return True
 

@@ -31,6 +31,7 @@ from .cards import (
 
 logger = logging.getLogger(__name__)
 COMPANIONS = (TRAINING_FILE, "training_log.json", "recipe.yaml")  # travel with a checkpoint if they lie beside it
+REPLACED = ("model-*.safetensors", "model.safetensors.index.json", ".eval_results/*")  # of earlier weights
 AUTO_MAP = {"AutoConfig": "configuration_rqmoe.RQMoEConfig", "AutoModel": "modeling_rqmoe.RQMoEModel"}
 
 
@@ -53,7 +54,8 @@ def push_quantizer(
     """Sends a quantizer to the Hub, in one commit.
 
     The evaluation, the training notes and the recipe that lie beside the checkpoint the model was loaded from, in a
-    folder or on the Hub, go with it. Weights that are bfloat16 values are stored in half the bytes.
+    folder or on the Hub, go with it; those of an earlier push, which may be of other weights, are replaced or deleted.
+    Weights that are bfloat16 values are stored in half the bytes.
 
     Args:
         model: The quantizer.
@@ -98,7 +100,7 @@ def push_quantizer(
             commit_description=commit_description,
             revision=revision,
             create_pr=create_pr,
-            delete_patterns=["model-*.safetensors", "model.safetensors.index.json"],
+            delete_patterns=[*REPLACED, RECORD_FILE, *COMPANIONS],
         )
 
 
