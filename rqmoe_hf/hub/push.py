@@ -11,7 +11,6 @@ import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
-    HFValidationError,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -157,22 +156,23 @@ def _beside(model: RQMoEModel, token: bool | str | None) -> dict[str, str]:
 
     That the Hub cannot be reached is raised: a push would go without what lies there.
     """
-    source, names, texts = Path(model.name_or_path or "-"), (RECORD_FILE, *COMPANIONS), {}
-    if source.is_dir():
-        return {name: (source / name).read_text("utf-8") for name in names if (source / name).is_file()}
+    source, names, texts = model.name_or_path or "-", (RECORD_FILE, *COMPANIONS), {}
+    if Path(source).is_dir():
+        return {name: Path(source, name).read_text("utf-8") for name in names if Path(source, name).is_file()}
+    if model.commit_hash is None:  # it did not come from the Hub: the folder is gone
+        return {}
     try:
-        for name in names if model.name_or_path else ():
+        for name in names:
             with suppress(RemoteEntryNotFoundError):
-                file = hf_hub_download(model.name_or_path, name, revision=model.commit_hash, token=token)
+                file = hf_hub_download(source, name, revision=model.commit_hash, token=token)
                 texts[name] = Path(file).read_text("utf-8")
-    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError):
-        if model.commit_hash is not None:  # else the name may be that of a folder that is gone
-            logger.warning(
-                "%s at revision %s, where the quantizer comes from, cannot be read: it goes without evaluation "
-                "and notes on its training. Give a token that may read it, or push from a folder that has them.",
-                model.name_or_path,
-                model.commit_hash,
-            )
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        logger.warning(
+            "%s at revision %s, where the quantizer comes from, cannot be read: it goes without evaluation and notes "
+            "on its training. Give a token that may read it, or push from a folder that has them.",
+            source,
+            model.commit_hash,
+        )
     return texts
 
 
