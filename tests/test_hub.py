@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset
-from huggingface_hub import DatasetCard
+from huggingface_hub import DatasetCard, ModelCard
 
 from rqmoe_hf import RQMoEModel, bundled_quantizers
+from rqmoe_hf.hub.cards import is_generated
 from rqmoe_hf.hub.codes import origin
 from rqmoe_hf.hub.push import write_repository
 
@@ -166,6 +167,29 @@ def test_a_model_straight_from_training_knows_its_results(just_trained, small, t
         assert (tmp_path / name).read_bytes() == (small / name).read_bytes(), name
     card = (tmp_path / "README.md").read_text("utf-8")
     assert "## Results" in card and "Made up." in card and "org/tiny" in card
+    assert ModelCard(card).data.license == "apache-2.0" and "this checkpoint its own training" in card
+
+
+def test_weights_that_were_not_trained_here_have_the_licence_that_is_given(hub, client, small, tmp_path):
+    RQMoEModel.from_pretrained(small).save_pretrained(tmp_path / "converted")
+    tuned = shutil.copytree(tmp_path / "converted", tmp_path / "tuned")
+    notes = json.loads((small / "training.json").read_text("utf-8"))
+    (tuned / "training.json").write_text(json.dumps(notes | {"started_from": "converted"}), "utf-8")
+    for folder in ("converted", "tuned"):
+        write_repository(RQMoEModel.from_pretrained(tmp_path / folder), tmp_path / "pushed", "org/converted")
+        card = (tmp_path / "pushed" / "README.md").read_text("utf-8")
+        assert ModelCard(card).data.license is None and "own training" not in card, folder
+    command = """
+        from rqmoe_hf.cli import app
+        app(["push", "converted", "org/licensed", "--license", {!r}], standalone_mode=False)
+    """
+    client(command.format("cc-by-nc-4.0"))
+    card = hub.files("org/licensed")["README.md"].content.decode()
+    assert ModelCard(card).data.license == "cc-by-nc-4.0" and is_generated(card)
+    (tmp_path / "converted" / "README.md").write_text("My own card.\n", "utf-8")
+    client(command.format("mit"))
+    card = hub.files("org/licensed")["README.md"].content.decode()
+    assert ModelCard(card).data.license == "mit" and "My own card." in card
 
 
 def test_a_quantizer_that_was_pulled_is_pushed_with_all_that_lay_beside_it(hub, client, small, tmp_path):

@@ -13,6 +13,10 @@ def push(
     config_name: Annotated[str | None, typer.Option(help="Of codes: configuration. Default: one per rate.")] = None,
     include_code: Annotated[bool, typer.Option(help="Add the code, for users without this package.")] = False,
     replace_card: Annotated[bool, typer.Option(help="Generate the card also in place of an edited one.")] = False,
+    license: Annotated[
+        str | None,
+        typer.Option(help="Licence in the card. Default: apache-2.0 of what was trained here, none of what was not."),
+    ] = None,
     private: Annotated[bool, typer.Option(help="Make a new repository private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
     message: Annotated[str | None, typer.Option("--message", "-m", help="Commit message.")] = None,
@@ -39,6 +43,7 @@ def push(
             repo_id,
             include_code=include_code,
             replace_card=replace_card,
+            license=license,
             private=private or None,
             revision=revision,
             commit_message=message,

@@ -49,6 +49,7 @@ def push_quantizer(
     create_pr: bool = False,
     max_shard_size: int | str | None = None,
     tags: list[str] | None = None,
+    license: str | None = None,
 ) -> CommitInfo:
     """Sends a quantizer to the Hub, in one commit.
 
@@ -72,6 +73,9 @@ def push_quantizer(
         create_pr: Open a pull request instead of committing.
         max_shard_size: Unused: quantizers are small, and are one file.
         tags: Added to those of a generated card.
+        license: The card's licence, such as "cc-by-nc-4.0"; give it with every push. Default: that of an edited card;
+            of a generated one "apache-2.0" if notes on its training say that it began anew, or from a bundled
+            quantizer, and else none.
 
     Raises:
         ValueError: If the model was never initialised.
@@ -91,7 +95,7 @@ def push_quantizer(
     if card is None and not replace_card:
         card = _remote_card(api, repo_id, revision)
     with TemporaryDirectory() as folder:
-        write_repository(model, folder, repo_id, card, replace_card, include_code, tags, token)
+        write_repository(model, folder, repo_id, card, replace_card, include_code, tags, license, token)
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
@@ -119,6 +123,7 @@ def write_repository(
     replace_card: bool = False,
     include_code: bool = False,
     tags: list[str] | None = None,
+    license: str | None = None,
     token: bool | str | None = None,
 ) -> None:
     """Writes what [`push_quantizer`] sends into a folder; see there."""
@@ -142,9 +147,12 @@ def write_repository(
         found = (source / "README.md").read_text("utf-8")
         card = None if is_generated(found) else ModelCard(found)
     if card is None:
-        data = RQMoECardData.from_model(model, record, Path(model_id).name)
+        data = RQMoECardData.from_model(model, record, Path(model_id).name, training, license=license)
         data.tags = [*(data.tags or []), *(tag for tag in tags or [] if tag not in (data.tags or []))]
         card = render_card(model, model_id, record, training, data, include_code)
+    elif license is not None:
+        card = ModelCard(str(card))
+        card.data["license"] = license
     texts["README.md"] = str(card)
     save_whole(model, folder, texts, half_size=_fits_bfloat16(model))
     if include_code:
