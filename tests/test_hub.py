@@ -391,7 +391,8 @@ def test_codes_of_a_command_keep_their_ids_and_an_edited_card_its_text(hub, clie
         card.text = "Written by a person."
         card.data["configs"].append({{"config_name": "texts", "data_files": "texts/*.csv"}})
         card.push_to_hub("org/more-codes")
-        rqmoe("push", "codes", "org/more-codes", "--model", "org/named", "--config-name", "again")
+        for name in ("again", "third", "again"):
+            rqmoe("push", "codes", "org/more-codes", "--model", "org/named", "--config-name", name)
         quantizer = RQMoEModel.from_pretrained("org/named")
         assert load_codes("org/more-codes", quantizer, "again")[:]["id"] == list(range(400))
         assert load_codes("codes", RQMoEModel.from_pretrained({model!r}))[:]["id"] == list(range(400))

@@ -192,6 +192,7 @@ def _records(api: HfApi, repo_id: str, revision: str | None) -> dict[str, dict[s
     """What stands in the data set so far, by configuration; only the footers of the files are read."""
     files = HfFileSystem(endpoint=api.endpoint, token=api.token)
     files.invalidate_cache()  # one instance serves the whole process, and lists what stood there before earlier pushes
+    files.invalidate_cache()  # one instance serves the whole process, and lists what stood there before earlier pushes
     root = f"datasets/{repo_id}@{quote(revision or 'main', safe='')}"
     records = {}
     for name, shards in _shards(api, repo_id, revision).items():
