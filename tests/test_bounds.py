@@ -144,9 +144,10 @@ def test_what_a_row_group_is_decoded_from_is_read_in_parts(tmp_path):
 def test_statistics_are_those_of_numpy(monkeypatch):
     monkeypatch.setattr(initialization, "BLOCK", 7)
     embeddings = np.random.default_rng(0).normal(5, 2, (100, 6)).astype(np.float32)
-    mean, variance = initialization._moments(embeddings)
+    mean, variance, deviation = initialization._moments(embeddings)
     np.testing.assert_allclose(mean, embeddings.mean(axis=0, dtype=np.float64))
     np.testing.assert_allclose(variance, embeddings.var(axis=0, dtype=np.float64).mean())
+    np.testing.assert_allclose(deviation, np.abs(np.square(embeddings, dtype=np.float64).sum(1) - 1).mean())
     expected = (embeddings - mean) / variance**0.5
     np.testing.assert_allclose(initialization.standardize(embeddings, mean, variance**0.5), expected, rtol=1e-6)
 
