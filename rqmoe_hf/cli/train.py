@@ -153,9 +153,9 @@ def train(
     from ..data import embed_texts, load_embeddings
     from ..data.sources import split_dataset
     from ..hub import write_card
+    from ..local_search_rqmoe import LOCAL_SEARCH, LOCAL_SEARCH_BEAM
     from ..training import RQMoETrainingArguments, train_quantizer
     from ..training.initialization import suitable_blocks, suitable_sizes
-    from ..training.run import LOCAL_SEARCH, LOCAL_SEARCH_BEAM
     from .advice import advice
 
     given = [name for name in context.params if was_given(context, name)]
