@@ -407,7 +407,8 @@ def test_codes_of_a_command_keep_their_ids_and_an_edited_card_its_text(hub, clie
     card = hub.files("org/more-codes", "dataset")["README.md"].content.decode()
     assert "Written by a person." in card
     assert {entry["config_name"]: entry["data_files"] for entry in DatasetCard(card).data["configs"]} == {
-        "3x16": "3x16/*.parquet", "again": "again/*.parquet", "texts": "texts/*.csv"}  # fmt: skip
+        "3x16": "3x16/*.parquet", "again": "again/*.parquet", "third": "third/*.parquet", "texts": "texts/*.csv",
+    }  # fmt: skip
 
 
 def test_a_commit_is_recorded_only_with_its_own_repository(small):
