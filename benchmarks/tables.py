@@ -12,21 +12,7 @@ import sys
 from pathlib import Path
 
 import environment
-from rivals.tables import (
-    SHOWN,
-    cells,
-    curve,
-    everything,
-    floor,
-    on_gpu,
-    quality,
-    quality_fashion,
-    quality_mpnet,
-    quality_sift,
-    quality_wordllama,
-    summary,
-    tasks,
-)
+from rivals.tables import SUMMARY, cells, curve, everything, floor, on_gpu, summary, tasks
 from scaling.tables import costs, forecast, peaks, peaks_50_gb, workers
 from sets import SETS
 
@@ -37,7 +23,7 @@ from rqmoe_hf.record import RECORD_FILE, EvaluationRecord
 from rqmoe_hf.saving import write_text
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "benchmarks/RESULTS.md", "benchmarks/LEVERS.md", "docs/scaling.md")
+DOCUMENTS = ("README.md", "benchmarks/RESULTS.md", "benchmarks/LEVERS.md", "docs/scaling.md", "docs/speed.md")
 SEARCH_RECALL = 0.5
 
 
@@ -170,7 +156,7 @@ def refresh_record(name: str, file: Path) -> str:
     record.comparison = [
         {"method": _method(cell), "bytes_per_vector": cell["bytes"], **{key: cell[key] for key in kept}}
         for cell in measured
-        if cell in own or (cell["bytes"] in sizes and cell["method"] in SHOWN)
+        if cell in own or (cell["bytes"] in sizes and cell["method"] in SUMMARY)
     ]
     exact = next(cell["tasks"] for cell in measured if cell["method"] == "float32")
     record.preserved = []
@@ -309,11 +295,6 @@ TABLES = {
     for table in (
         summary,
         floor,
-        quality,
-        quality_mpnet,
-        quality_wordllama,
-        quality_sift,
-        quality_fashion,
         curve,
         engine,
         engine_cuda,

@@ -1,6 +1,6 @@
-"""The tables of `quality.py`'s results: README's have the best-known methods, RESULTS.md's have all."""
+"""The tables of `quality.py`'s results: README's compare the best, RESULTS.md's have all methods."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import environment
 from sets import SETS
@@ -15,9 +15,9 @@ OTHERS = {  # where others have been compared, too: an encoder is slow, 64 bytes
     ("wordllama-256", 64): 50_000,
     ("sift-128", 8): 400_000,
 }
-SUMMARY = ("PQ", "OPQ", "RQ, beam 5", "LSQ", "LSQ x10")
-SHOWN = (*SUMMARY, "LSQ, 128 iterations", "RaBitQ (PCA)", "TurboQuant (PCA)", "binary, rescored", "int8", "float32")
-SHOWN_PREFIXES = ("ours", "official")
+SUMMARY = ("PQ", "OPQ", "RaBitQ (PCA)", "TurboQuant (PCA)", "RQ, beam 5", "RQ x10, beam 5", "LSQ", "LSQ x10")
+FIXED = ("binary, rescored", "int8", "float32")  # what has a size of its own
+FAMILY = ("ours", "official", "qinco")
 
 Column = Callable[[dict], str]
 
@@ -52,44 +52,31 @@ def label(cell: dict) -> str:
 
 
 def summary() -> str:
-    """README's first table: bytes, memory and recall beside the uncompressed vectors."""
+    """README's first table: recall@10 by bytes, of the rivals, and of ours that saw as many vectors or more."""
+    sizes = (8, 16, 32, 64)
+    found = cells("minilm-384")
     lines = [
-        "| | bytes per vector | 10 million vectors | trained on | recall@10 | R@10 |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-        f"| float32 | {FLOAT_BYTES:,} | {FLOAT_BYTES / 100:.1f} GB | | 1.000 | 1.000 |",
+        f"| recall@10 | {' | '.join(f'{size} bytes' for size in sizes)} | its own size |",
+        f"| --- |{' ---: |' * (len(sizes) + 1)}",
     ]
-    for cell in sorted(cells("minilm-384"), key=lambda cell: (-cell["bytes"], -cell["recall_10_at_10"])):
-        if cell["bytes"] <= 32 and (cell["method"].startswith("ours") or cell["method"] in SUMMARY):
-            lines.append(
-                f"| {label(cell)} | {cell['bytes']} | {cell['bytes'] * 10:.0f} MB | {cell['training_vectors']:,} | "
-                f"{cell['recall_10_at_10']:.3f} | {cell['recall_at_1_10']:.3f} |"
-            )
+    fixed = {method: _best(cell for cell in found if cell["method"] == method) for method in FIXED}
+    rows = {method: [cell for cell in found if cell["method"] == method] for method in SUMMARY}
+    rows["**ours**, trained on as many"] = [cell for cell in found if cell["method"].startswith("ours, ")]
+    rows["**ours**, as bundled"] = [cell for cell in found if cell["method"].startswith("ours:")]
+    for name, mine in rows.items():
+        best = [_best(cell for cell in mine if cell["bytes"] == size) for size in sizes]
+        lines.append(f"| {name} | {' | '.join(f'{best_recall(cell):.3f}' if cell else '' for cell in best)} | |")
+    for method, cell in fixed.items():
+        if cell:
+            lines.append(f"| {method} |{' |' * len(sizes)} {best_recall(cell):.3f} at {cell['bytes']:,} bytes |")
+    memory = " | ".join(f"{10 * size} MB" for size in sizes)
+    lines.append(f"| memory for 10 million | {memory} | float32: {FLOAT_BYTES / 100:.1f} GB |")
     return "\n".join(lines)
 
 
-def quality() -> str:
-    """The embeddings of all-MiniLM-L6-v2."""
-    return shown_table("minilm-384")
-
-
-def quality_mpnet() -> str:
-    """The embeddings of all-mpnet-base-v2."""
-    return shown_table("mpnet-768")
-
-
-def quality_wordllama() -> str:
-    """The embeddings of WordLlama."""
-    return shown_table("wordllama-256")
-
-
-def quality_sift() -> str:
-    """SIFT descriptors."""
-    return shown_table("sift-128")
-
-
-def quality_fashion() -> str:
-    """Pictures of clothes, as their grey values."""
-    return shown_table("fashion-mnist-784")
+def _best(found: Iterable[dict]) -> dict | None:
+    """The cell with the highest recall, if there is any."""
+    return max(found, key=best_recall, default=None)
 
 
 def error_of(cell: dict) -> str:
@@ -99,10 +86,10 @@ def error_of(cell: dict) -> str:
 
 def on_gpu(cell: dict) -> bool:
     """Whether a method has run on the machine's GPU; Faiss has run on its processor."""
-    return bool(cell.get("gpu")) and cell["method"].startswith(SHOWN_PREFIXES)
+    return bool(cell.get("gpu")) and cell["method"].startswith(FAMILY)
 
 
-def columns_of(found: list[dict], everything: bool) -> dict[str, Column]:
+def columns_of(found: list[dict]) -> dict[str, Column]:
     """The columns that cells have in common, or that some of them have."""
 
     def number(key: str) -> Column:
@@ -111,7 +98,7 @@ def columns_of(found: list[dict], everything: bool) -> dict[str, Column]:
     def task(key: str, digits: int) -> Column:
         return lambda cell: f"{cell['tasks'][key]:.{digits}f}" if key in cell.get("tasks", {}) else ""
 
-    short: dict[str, Column] = {
+    columns: dict[str, Column] = {
         "bytes": lambda cell: f"{cell['bytes']:,}",
         "trained on": lambda cell: f"{cell['training_vectors'] or 0:,}",
         "MSE": error_of,
@@ -119,42 +106,34 @@ def columns_of(found: list[dict], everything: bool) -> dict[str, Column]:
         "R@10": number("recall_at_1_10"),
         "recall@10": number("recall_10_at_10"),
         "at norm 1": number("recall_10_at_10_renormalised"),
+        "own search": number("recall_10_at_10_own_search"),
         "nDCG@10": task("known_item_ndcg_at_10_asymmetric", 3),
-    }
-    more: dict[str, Column] = {
         "packages": task("package_ndcg_at_10_asymmetric", 3),
         "STS": task("sts_spearman_asymmetric", 1),
         "R@100": number("recall_at_1_100"),
-        "own search": number("recall_10_at_10_own_search"),
         "cosine": number("cosine"),
         "bits": lambda cell: f"{cell['bits']:,}",
         "training": lambda cell: f"{cell['train_seconds']:,.0f} s" if cell["train_seconds"] else "",
         "encoded/s": lambda cell: f"{cell['encode_per_second']:,}",
         "decoded/s": lambda cell: f"{cell['decode_per_second']:,}",
         "threads": lambda cell: "GPU" if on_gpu(cell) else str(cell["threads"]["faiss"]),
+        "codebooks": lambda cell: f"{cell['codebook_bytes'] / 1e6:.1f} MB",
+        "note": lambda cell: cell.get("note", ""),
     }
-    size: dict[str, Column] = {"codebooks": lambda cell: f"{cell['codebook_bytes'] / 1e6:.1f} MB"}
-    columns = short | size if not everything else short | more | size | {"note": lambda cell: cell.get("note", "")}
     return {name: show for name, show in columns.items() if any(show(cell) for cell in found)}
 
 
-def quality_table(found: list[dict], everything: bool = False) -> str:
-    """Error, recall and, where it was measured, retrieval."""
-    columns = columns_of(found, everything)
+def quality_table(found: list[dict]) -> str:
+    """Error, recall, speed and, where it was measured, what tasks keep."""
+    columns = columns_of(found)
     lines = [f"| method | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
     lines += [f"| {label(cell)} | {' | '.join(show(cell) for show in columns.values())} |" for cell in found]
     return "\n".join(lines)
 
 
-def shown_table(name: str) -> str:
-    """The best-known methods on a set, and what is ours."""
-    shown = [cell for cell in cells(name) if cell["method"].startswith(SHOWN_PREFIXES) or cell["method"] in SHOWN]
-    return quality_table(shown)
-
-
 def everything(name: str) -> Callable[[], str]:
     """A function that makes the table of all methods on a set."""
-    return lambda: quality_table(cells(name), everything=True)
+    return lambda: quality_table(cells(name))
 
 
 def best_recall(cell: dict) -> float:
