@@ -12,6 +12,7 @@ from sentence_transformers.sentence_transformer.modules import Dense
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("model_cards/*/README.md"))]
+PAGES = sorted(file for folder in (".", "docs", "benchmarks") for file in (ROOT / folder).glob("*.md"))
 SNIPPET = re.compile(r"```python\n(.*?)```", flags=re.DOTALL)
 
 
@@ -45,6 +46,21 @@ def test_the_examples_of_docstrings_run_word_for_word(client):
                 examples += SNIPPET.findall((ast.get_docstring(node) or "") + "\n")
     assert len(examples) >= 4
     client("\n".join(examples))
+
+
+def anchors(document):
+    """The anchors that GitHub gives a document's headings."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text("utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", PAGES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_links_within_the_repository_lead_somewhere(document):
+    links = re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)", document.read_text("utf-8"))
+    for path, anchor in links:
+        target = (document.parent / path).resolve() if path else document
+        assert target.exists() and target.is_relative_to(ROOT), path
+        assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
 
 
 def test_the_first_snippet_is_short():
