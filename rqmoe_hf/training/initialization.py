@@ -11,6 +11,7 @@ import torch
 from ..additive import faiss_widths
 from ..blocks_rqmoe import blocks_of
 from ..codes import bits_per_code, sizes_for_bytes, sizes_of
+from ..configuration_rqmoe import RQMoEConfig
 from ..limits_rqmoe import MAX_PAIRS
 from ..modeling_rqmoe import RQMoEModel
 from .augmentation import NeighborJitter
@@ -70,32 +71,14 @@ def initialize(
     """
     check_method(method)
     config = model.config
-    needed = MIN_VECTORS_PER_CODEWORD * config.codebook_size
-    if embeddings.ndim != 2 or embeddings.shape[1] != config.hidden_size:
-        raise ValueError(f"Expected embeddings of shape (n, {config.hidden_size}), got {embeddings.shape}.")
-    if len(embeddings) < needed:
-        raise ValueError(
-            f"Codebooks of {config.codebook_size} codewords need at least {needed} vectors, got {len(embeddings)}: "
-            "give more, or choose a smaller codebook_size."
-        )
+    _check_embeddings(embeddings, config)
     mean, variance, deviation = _moments(embeddings)
     if not np.isfinite(variance) or variance <= 0:
         raise ValueError(f"The embeddings' variance is {variance}: they are constant, or hold NaN or infinity.")
     if method == "lsq":
-        sizes = sizes_of(config.num_codebooks, config.code_sizes)
-        blocks = [sizes[block] for block in blocks_of(config, config.num_codebooks)]
-        for block in blocks:
-            _check_lsq(block)
-        standardised = standardize(embeddings, mean.astype(np.float32), np.float32(np.sqrt(variance)))
-        device = model.codebooks.device if model.codebooks.is_cuda else torch.device("cpu")  # MPS has no float64
-        source = NeighborJitter(
-            standardised, mean / np.sqrt(variance), show_progress_bar=show_progress_bar, device=device
-        )
-        settings: dict[str, Any] = {"rounds": rounds, "batch_size": sample_size, "temperature": temperature}
-        settings |= {"device": device, "show_progress_bar": show_progress_bar}
-        trained = train_blocks(standardised, blocks, source, checkpoint, seed, **settings)
-        ordered = [book for block in trained for book in sort_by_energy(block.codebooks, block.codes)[0]]
-        codebooks = _pad(ordered, config.codebook_size)
+        settings = {"rounds": rounds, "batch_size": sample_size, "temperature": temperature}
+        settings |= {"show_progress_bar": show_progress_bar}
+        codebooks = _lsq_codebooks(embeddings, mean, np.sqrt(variance), model, checkpoint, seed, settings)
     else:
         rows = np.random.default_rng(seed).permutation(len(embeddings))[:sample_size]
         sample = standardize(embeddings[np.sort(rows)], mean, np.sqrt(variance))
@@ -109,6 +92,18 @@ def initialize(
             projection = _projection(config.hidden_size, config.condition_size, seed)
             model.instructions.copy_(model.codebooks[:-1] @ projection.to(model.codebooks.device))
     return model
+
+
+def _check_embeddings(embeddings: np.ndarray, config: RQMoEConfig) -> None:
+    """Refuses what a quantizer of this configuration cannot be trained on."""
+    if embeddings.ndim != 2 or embeddings.shape[1] != config.hidden_size:
+        raise ValueError(f"Expected embeddings of shape (n, {config.hidden_size}), got {embeddings.shape}.")
+    needed = MIN_VECTORS_PER_CODEWORD * config.codebook_size
+    if len(embeddings) < needed:
+        raise ValueError(
+            f"Codebooks of {config.codebook_size} codewords need at least {needed} vectors, got {len(embeddings)}: "
+            "give more, or choose a smaller codebook_size."
+        )
 
 
 def check_method(method: str) -> None:
@@ -193,6 +188,30 @@ def _pad(codebooks: Sequence[np.ndarray], size: int) -> np.ndarray:
     for target, codebook in zip(padded, codebooks, strict=True):
         target[: len(codebook)] = codebook
     return padded
+
+
+def _lsq_codebooks(
+    embeddings: np.ndarray,
+    mean: np.ndarray,
+    scale: np.floating,
+    model: RQMoEModel,
+    checkpoint: Path | None,
+    seed: int,
+    settings: dict[str, Any],
+) -> np.ndarray:
+    """Codebooks of [`train_blocks`], which takes the settings, those of a block in order of what they explain."""
+    config = model.config
+    sizes = sizes_of(config.num_codebooks, config.code_sizes)
+    blocks = [sizes[block] for block in blocks_of(config, config.num_codebooks)]
+    for block in blocks:
+        _check_lsq(block)
+    standardised = standardize(embeddings, mean.astype(np.float32), np.float32(scale))
+    device = model.codebooks.device if model.codebooks.is_cuda else torch.device("cpu")  # MPS has no float64
+    shown = settings["show_progress_bar"]
+    source = NeighborJitter(standardised, mean / scale, show_progress_bar=shown, device=device)
+    trained = train_blocks(standardised, blocks, source, checkpoint, seed, device=device, **settings)
+    ordered = [book for block in trained for book in sort_by_energy(block.codebooks, block.codes)[0]]
+    return _pad(ordered, config.codebook_size)
 
 
 def _rq_codebooks(sample: np.ndarray, model: RQMoEModel, beam_size: int, seed: int) -> np.ndarray:

@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,24 +99,23 @@ def train_quantizer(
     args.output_dir = str(output / "checkpoints")
     checkpoint = last_complete_checkpoint(Path(args.output_dir))
     set_seed(args.seed)  # the Trainer seeds too, but the experts' random weights come before it
-    start = (init_method, init_sample_size, init_beam_size, init_rounds, init_temperature)
+    start = _Start(init_method, init_sample_size, init_beam_size, init_rounds, init_temperature)
     run = _identify(model, train_dataset, args.seed, start)
     _check_run(checkpoint, run)
     quantizer = RQMoEModel(copy.deepcopy(model)) if isinstance(model, RQMoEConfig) else model
     without_gradients = not quantizer.config.has_experts and (
         init_method == "lsq" if isinstance(model, RQMoEConfig) else quantizer.config.local_search > 0
     )
-    if checkpoint is None and args.process_index == 0:
+    if checkpoint is not None:
+        quantizer = RQMoEModel.from_pretrained(checkpoint, dtype=torch.float32)
+    elif args.process_index == 0:
         shutil.rmtree(Path(args.output_dir) / ADDITIVE_FOLDER, ignore_errors=True)  # of a run that got no further
         if not quantizer.is_initialized:
-            annealing = (init_rounds, init_temperature)
-            _start(quantizer, train_dataset, args, init_method, init_sample_size, init_beam_size, annealing)
+            _initialize(quantizer, train_dataset, args, start)
         elif without_gradients:
             _adapt(quantizer, train_dataset, eval_dataset, args, init_sample_size)
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         write_text(Path(args.output_dir) / RUN_FILE, json.dumps(run, indent=1) + "\n")
-    if checkpoint is not None:
-        quantizer = RQMoEModel.from_pretrained(checkpoint, dtype=torch.float32)
     share_weights(quantizer, args)
     trainer = RQMoETrainer(model=quantizer, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset)
     if without_gradients:  # least squares have found what gradients would look for
@@ -125,29 +125,26 @@ def train_quantizer(
         trainer.evaluate()
     else:
         trainer.train(resume_from_checkpoint=checkpoint)
-    trained = quantizer = trainer.accelerator.unwrap_model(trainer.model)
+    quantizer = trainer.accelerator.unwrap_model(trainer.model)
     if final_beam_size is not None:
-        trained.config.beam_size = final_beam_size
+        quantizer.config.beam_size = final_beam_size
     if trainer.is_world_process_zero():
-        vectors = as_array(eval_dataset, np.arange(min(len(eval_dataset), MAX_EVALUATION_VECTORS)))
-        quantizer = _best_member(trained.eval(), Path(args.output_dir) / ADDITIVE_FOLDER, vectors)
-        if half_size:
-            round_weights(quantizer)
         notes = _training_notes(trainer, train_dataset, model, init_method, description)
-        if quantizer is not trained or not trainer.state.global_step:  # the Trainer had no part in what is saved
-            notes |= dict.fromkeys(("epochs", "steps", "batch_size", "learning_rate", "loss", "precision"))
-            notes["seconds"] = round(time.perf_counter() - started)
-        files = {
-            "training_log.json": json.dumps(trainer.state.log_history, indent=1) + "\n",
-            TRAINING_FILE: json.dumps(notes | {"member": _member(quantizer.config)}, indent=1) + "\n",
-        }
-        save_whole(quantizer, output, files, half_size)  # first: nothing that is measured may cost the weights
-        write_text(output / RECORD_FILE, measure(quantizer, vectors).to_json())
-        for file in checkpoints(Path(args.output_dir) / LSQ_FILE):
-            file.unlink()
+        quantizer = _finish(trainer, quantizer.eval(), eval_dataset, notes, started, half_size)
     trainer.accelerator.wait_for_everyone()
     quantizer.name_or_path, quantizer.commit_hash = str(output), None  # where push_to_hub finds evaluation and notes
     return quantizer
+
+
+@dataclass(frozen=True)
+class _Start:
+    """How a new quantizer is initialised: arguments of [`initialize`]."""
+
+    method: Literal["rq", "lsq"]
+    sample_size: int
+    beam_size: int
+    rounds: int
+    temperature: float
 
 
 def _check_settings(init_method: str, final_beam_size: int | None) -> None:
@@ -158,16 +155,15 @@ def _check_settings(init_method: str, final_beam_size: int | None) -> None:
 
 
 def _identify(
-    model: RQMoEConfig | RQMoEModel, dataset: Dataset | IterableDataset, seed: int, start: tuple
+    model: RQMoEConfig | RQMoEModel, dataset: Dataset | IterableDataset, seed: int, start: _Start
 ) -> dict[str, Any]:
     """What a run must have in common with the one whose checkpoints it continues."""
     config = model if isinstance(model, RQMoEConfig) else model.config
-    names = ("init_method", "init_sample_size", "init_beam_size", "init_rounds", "init_temperature")
     fields = json.loads(config.to_json_string(use_diff=False))  # as it will be read again
     fields = {name: value for name, value in fields.items() if name not in FOUND}
     return {
         **fields,
-        **dict(zip(names, start, strict=True)),
+        **{f"init_{name}": value for name, value in asdict(start).items()},
         "started_from": weights_checksum(model) if isinstance(model, RQMoEModel) else None,
         "seed": seed,
         "data": fingerprint(dataset) if isinstance(dataset, Dataset) else None,
@@ -186,25 +182,19 @@ def _check_run(checkpoint: str | None, run: dict[str, Any]) -> None:
         )
 
 
-def _start(
-    quantizer: RQMoEModel,
-    dataset: Dataset | IterableDataset,
-    args: RQMoETrainingArguments,
-    method: Literal["rq", "lsq"],
-    sample_size: int,
-    beam_size: int,
-    annealing: tuple[int, float],
+def _initialize(
+    quantizer: RQMoEModel, dataset: Dataset | IterableDataset, args: RQMoETrainingArguments, start: _Start
 ) -> None:
     """Initialises a new quantizer, and keeps what it starts from beside the checkpoints if training goes on."""
     folder = Path(str(args.output_dir))
     if args.device.type == "cuda":
         torch.nn.Module.to(quantizer, args.device)
-    sample = sample_array(dataset, max(LSQ_ROWS if method == "lsq" else STATISTICS_ROWS, sample_size), args.seed)
-    settings = (method, sample_size, beam_size, args.seed, folder / LSQ_FILE)
-    rounds, temperature = annealing
-    initialize(quantizer, sample, *settings, rounds, show_progress_bar=not args.disable_tqdm, temperature=temperature)
+    least = LSQ_ROWS if start.method == "lsq" else STATISTICS_ROWS
+    sample = sample_array(dataset, max(least, start.sample_size), args.seed)
+    beside: dict[str, Any] = {"seed": args.seed, "checkpoint": folder / LSQ_FILE}
+    initialize(quantizer, sample, **asdict(start), **beside, show_progress_bar=not args.disable_tqdm)
     if quantizer.config.has_experts:
-        save_whole(additive_member(quantizer, method), folder / ADDITIVE_FOLDER, {}, False)
+        save_whole(additive_member(quantizer, start.method), folder / ADDITIVE_FOLDER, {}, False)
 
 
 def _adapt(
@@ -232,6 +222,35 @@ def _adapt(
             after,
         )
         quantizer.load_state_dict(weights)
+
+
+def _finish(
+    trainer: RQMoETrainer,
+    trained: RQMoEModel,
+    held_out: Dataset,
+    notes: dict[str, Any],
+    started: float,
+    half_size: bool,
+) -> RQMoEModel:
+    """Saves the best member with its notes and its evaluation, and gives it back."""
+    checkpoint_folder = Path(str(trainer.args.output_dir))
+    output = checkpoint_folder.parent
+    vectors = as_array(held_out, np.arange(min(len(held_out), MAX_EVALUATION_VECTORS)))
+    quantizer = _best_member(trained, checkpoint_folder / ADDITIVE_FOLDER, vectors)
+    if half_size:
+        round_weights(quantizer)
+    if quantizer is not trained or not trainer.state.global_step:  # the Trainer had no part in what is saved
+        notes |= dict.fromkeys(("epochs", "steps", "batch_size", "learning_rate", "loss", "precision"))
+        notes["seconds"] = round(time.perf_counter() - started)
+    files = {
+        "training_log.json": json.dumps(trainer.state.log_history, indent=1) + "\n",
+        TRAINING_FILE: json.dumps(notes | {"member": _member(quantizer.config)}, indent=1) + "\n",
+    }
+    save_whole(quantizer, output, files, half_size)  # first: nothing that is measured may cost the weights
+    write_text(output / RECORD_FILE, measure(quantizer, vectors).to_json())
+    for file in checkpoints(checkpoint_folder / LSQ_FILE):
+        file.unlink()
+    return quantizer
 
 
 def suitable_rounds(model: RQMoEModel, vectors: np.ndarray) -> int:
