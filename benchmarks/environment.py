@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import rqmoe_hf
-from rqmoe_hf.record import describe_machine
+from rqmoe_hf.machine import describe_machine
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -50,7 +50,7 @@ def load_quantizer(
 
     Args:
         name: For example "minilm-384-32-bytes", "runs/mine", a `Path` or "org/name".
-        dtype: Of the experts' arithmetic: "float32", or "bfloat16" where the processor has it.
+        dtype: Of the experts' arithmetic: "float32", or "bfloat16" where the processor or the GPU has it.
         revision: Branch, tag or commit on the Hub.
         config: Settings of its config to replace, such as `beam_size`.
 

@@ -1,19 +1,14 @@
 """The evaluation that travels with a checkpoint as `evaluation.json`: what cards show and fit checks compare with."""
 
-import datetime
 import json
 import logging
 import os
-import platform
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
-import torch
-import transformers
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -24,6 +19,7 @@ from huggingface_hub.errors import (
 
 from .codes import unpack_codes
 from .evaluation import code_usage, evaluate, nearest_neighbors, recalls, split_queries
+from .machine import describe_machine
 from .modeling_rqmoe import RQMoEModel
 from .saving import weights_checksum
 
@@ -164,27 +160,6 @@ def record_of(model: RQMoEModel, name: str | os.PathLike, revision: str | None =
         name,
     )
     return None
-
-
-def describe_machine() -> dict[str, Any]:
-    """Processor, threads, versions and date: what every measurement is recorded with."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    processor = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    return {
-        "date": datetime.date.today().isoformat(),
-        "processor": processor,
-        "bf16_instructions": "avx512_bf16" in flags or "amx_bf16" in flags,
-        "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "torch_threads": torch.get_num_threads(),
-        "faiss_threads": faiss.omp_get_max_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "faiss": faiss.__version__,
-        "transformers": transformers.__version__,
-        "numpy": np.__version__,
-    }
 
 
 def _brief(report: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from rqmoe_hf.data import CompressBatch, EmbedBatch
 from rqmoe_hf.data.batches import as_matrix, encode_batches, load_encoder, token_batches
 from rqmoe_hf.data.shards import fixed_size_column
 from rqmoe_hf.index.intake import TextEncoder
+from rqmoe_hf.machine import has_bfloat16
 
 ROOT = Path(__file__).parent.parent
 
@@ -99,6 +100,29 @@ def test_dtypes_that_there_are_not_are_refused(quantizer, name):
         load_encoder("none", name)
     with pytest.raises(ValueError, match=f"dtype must be one of float32, bfloat16, got '{name}'"):
         CompressBatch(quantizer, dtype=name)({"embeddings": np.ones((2, 16), np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("information", "known"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu sse2 avx2 fma\nbugs\t\t: none", False),
+        ("processor\t: 0\nflags\t\t: fpu avx512f avx512_bf16 avx512_vnni", True),
+        ("processor\t: 0\nflags\t\t: fpu avx2 amx_bf16 amx_tile", True),
+        ("processor\t: 0\nFeatures\t: fp asimd sve bf16", True),  # as ARM's are listed
+        ("processor\t: 0\nFeatures\t: fp asimd", False),
+        ("", None),  # not Linux
+    ],
+)
+def test_bfloat16_on_a_processor_without_it_is_warned_of(information, known, encoder, quantizer, monkeypatch, caplog):
+    monkeypatch.setattr("rqmoe_hf.machine._processor_information", lambda: information)
+    assert has_bfloat16() is known
+    load_encoder(encoder, "float32", "cpu")
+    CompressBatch(quantizer, dtype="float32")({"embeddings": np.ones((2, 16), np.float32)})
+    assert "bfloat16" not in caplog.text
+    load_encoder(encoder, "bfloat16", "cpu")
+    assert caplog.text.count("no instructions for bfloat16") == (known is False)
+    CompressBatch(quantizer, dtype="bfloat16")({"embeddings": np.ones((2, 16), np.float32)})
+    assert caplog.text.count("no instructions for bfloat16") == 2 * (known is False)
 
 
 def test_embed_batch(encoder):

@@ -33,7 +33,8 @@ def arguments(output: Path, **kwargs) -> RQMoETrainingArguments:
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_training_lowers_the_error_of_held_out_vectors(clustered, tmp_path, bf16):
+def test_training_lowers_the_error_of_held_out_vectors(clustered, tmp_path, bf16, monkeypatch, caplog):
+    monkeypatch.setattr("rqmoe_hf.machine._processor_information", lambda: "flags : fpu avx2")
     train, held_out = clustered[1000:], clustered[:1000]
     config = RQMoEConfig(**CONFIG, training_loss="last_step")
     args = arguments(tmp_path, bf16=bf16)
@@ -50,6 +51,7 @@ def test_training_lowers_the_error_of_held_out_vectors(clustered, tmp_path, bf16
     )
     best = min(entry["eval_mse"] for entry in measured)
     assert best == pytest.approx(evaluate(saved, held_out)[0].mse, rel=1e-2 if bf16 else 1e-5)
+    assert ("no instructions for bfloat16" in caplog.text) == bf16
 
 
 def test_the_additive_quantizer_is_kept_where_experts_lose(clustered, tmp_path, caplog):

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..bundled import load_quantizer, named_dtype
+from ..machine import warn_of_slow_bfloat16
 from ..modeling_rqmoe import RQMoEModel
 
 if TYPE_CHECKING:
@@ -108,7 +109,11 @@ class CompressBatch:
     def _load(self) -> RQMoEModel:
         limit_threads(self.num_threads)
         model = load_quantizer(self.model, self.dtype, self.revision) if isinstance(self.model, str) else self.model
-        return model if self.device is None else model.to(self.device)  # type: ignore[arg-type]
+        if self.device is not None:
+            model = model.to(self.device)  # type: ignore[arg-type]
+        if model.experts is not None:  # codebooks alone are searched in float32 in any case
+            warn_of_slow_bfloat16(model.experts.up_proj.dtype, model.device)
+        return model
 
 
 class EmbedBatch:
@@ -170,7 +175,9 @@ def load_encoder(encoder: str, dtype: str = "float32", device: str | None = None
     kind = named_dtype(dtype, ("float32", "bfloat16", "float16"))
     from sentence_transformers import SentenceTransformer
 
-    return SentenceTransformer(str(encoder), device=device, model_kwargs={"dtype": kind})
+    model = SentenceTransformer(str(encoder), device=device, model_kwargs={"dtype": kind})
+    warn_of_slow_bfloat16(kind, model.device)
+    return model
 
 
 def encode_batches(model, texts: list[str], batch_size: int, show_progress_bar: bool = False) -> np.ndarray:

@@ -20,6 +20,7 @@ from ..data.jobs import fingerprint
 from ..data.sources import as_array, sample_array
 from ..evaluation import evaluate
 from ..local_search_rqmoe import LOCAL_SEARCH, LOCAL_SEARCH_BEAM
+from ..machine import warn_of_slow_bfloat16
 from ..modeling_rqmoe import RQMoEModel
 from ..record import RECORD_FILE, TRAINING_FILE, measure
 from ..saving import differences, round_weights, save_whole, weights_checksum, write_text
@@ -102,6 +103,8 @@ def train_quantizer(
     start = _Start(init_method, init_sample_size, init_beam_size, init_rounds, init_temperature)
     run = _identify(model, train_dataset, args.seed, start)
     _check_run(checkpoint, run)
+    if args.bf16:
+        warn_of_slow_bfloat16(torch.bfloat16, args.device)
     quantizer = RQMoEModel(copy.deepcopy(model)) if isinstance(model, RQMoEConfig) else model
     without_gradients = not quantizer.config.has_experts and (
         init_method == "lsq" if isinstance(model, RQMoEConfig) else quantizer.config.local_search > 0
