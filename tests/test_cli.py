@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import faiss
@@ -16,7 +17,7 @@ from rqmoe_hf.cli import app
 from rqmoe_hf.cli.advice import advice
 from rqmoe_hf.demo import collect_documentation
 
-VERBS = ["demo", "embed", "train", "compress", "decompress", "evaluate", "push", "info", "convert"]
+VERBS = ["demo", "embed", "train", "compress", "decompress", "evaluate", "push", "info", "convert", "serve", "index"]
 
 
 @pytest.fixture
@@ -38,6 +39,15 @@ def test_every_verb_explains_itself(verb):
     assert "Usage" in result.output
     listed = CliRunner().invoke(app, ["--help"]).output
     assert verb in listed
+
+
+def test_versions_are_those_that_are_installed(monkeypatch):
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.exit_code == 0
+    assert result.output.startswith(f"rqmoe_hf {metadata.version('rqmoe-hf')}, Python 3.")
+    assert f"\ntorch {metadata.version('torch')}\n" in result.output
+    monkeypatch.setattr("rqmoe_hf.cli.USED", ("no-such-library",))
+    assert "no-such-library is not installed" in CliRunner().invoke(app, ["--version"]).output
 
 
 def test_train_evaluate_compress_decompress_info(clustered, tmp_path, rqmoe):
