@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import environment
-from rivals.tables import SUMMARY, cells, curve, everything, floor, on_gpu, summary, tasks
+from rivals.tables import SUMMARY, cells, curve, curve_wordllama, everything, floor, on_gpu, summary, tasks
 from scaling.tables import costs, forecast, peaks, peaks_50_gb, workers
 from sets import SETS
 
@@ -296,6 +296,7 @@ TABLES = {
         summary,
         floor,
         curve,
+        curve_wordllama,
         engine,
         engine_cuda,
         additive_cuda,

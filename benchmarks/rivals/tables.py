@@ -179,9 +179,19 @@ def floor() -> str:
 
 
 def curve() -> str:
+    """How many training vectors it takes on the embeddings of all-MiniLM-L6-v2."""
+    return by_training_vectors("minilm-384")
+
+
+def curve_wordllama() -> str:
+    """How many training vectors it takes on the embeddings of WordLlama."""
+    return by_training_vectors("wordllama-256")
+
+
+def by_training_vectors(name: str) -> str:
     """The least error at 8 bytes by the number of training vectors, of Faiss's LSQ and of ours."""
     best: dict[int, dict[str, dict]] = {}
-    for cell in environment.load("quality-minilm-384").get("cells", {}).values():
+    for cell in environment.load(f"quality-{name}").get("cells", {}).values():
         if cell["bytes"] == 8 and cell["method"].startswith(("LSQ", "ours, ")):
             family = cell["method"].partition(" ")[0].rstrip(",")
             rows = best.setdefault(cell["training_vectors"], {})
@@ -194,8 +204,7 @@ def curve() -> str:
     for count, rows in sorted(best.items()):
         parts = [f"{count:,}"]
         for row in (rows.get("LSQ"), rows.get("ours")):
-            numbers = [f"{row[key]:.3f}" for key in ("mse", "recall_10_at_10")] if row else ["", ""]
-            parts += [row["method"].removeprefix("ours, ") if row else "", *numbers]
+            parts += [_member(row), error_of(row), f"{best_recall(row):.3f}"] if row else [""] * 3
         parts.append(f"{100 * (1 - rows['ours']['mse'] / rows['LSQ']['mse']):.0f} %" if len(rows) == 2 else "")
         lines.append(f"| {' | '.join(parts)} |")
     return "\n".join(lines)
