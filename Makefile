@@ -110,6 +110,9 @@ benchmark: benchmark-sets
 	for count in 10000 30000 300000 525232; do \
 	  $(BIN)/python benchmarks/quality.py --set minilm-384 --limit $$count --bytes 8 \
 	    --methods LSQ "LSQ x10" $(ADDITIVE) "ours, additive x11" || exit 1; done
+	for count in 10000 30000; do \
+	  $(BIN)/python benchmarks/quality.py --set wordllama-256 --limit $$count --bytes 8 \
+	    --methods LSQ "LSQ x10" $(ADDITIVE) || exit 1; done
 	$(BIN)/python benchmarks/quality.py --set mpnet-768 --methods float32 --ours mpnet-768-16-bytes \
 	  --tasks --encoder data/models/all-mpnet-base-v2
 	$(BIN)/python benchmarks/quality.py --set mpnet-768 --limit 30000 --bytes 8 32
@@ -127,7 +130,7 @@ benchmark: benchmark-sets
 	$(BIN)/python benchmarks/quality.py --set sift-128 --limit 100000 --bytes 8 --methods official --minutes 5
 	$(BIN)/python benchmarks/quality.py --set minilm-384 --limit 100000 --bytes 8 --methods official --minutes 23
 	$(BIN)/python benchmarks/quality.py --set mpnet-768 --limit 30000 --bytes 8 --methods official --minutes 14
-	$(BIN)/python benchmarks/quality.py --set wordllama-256 --limit 100000 --bytes 8 --methods official --minutes 13
+	$(BIN)/python benchmarks/quality.py --set wordllama-256 --limit 100000 --bytes 8 --methods official qinco --minutes 13
 	$(BIN)/python benchmarks/quality.py --set fashion-mnist-784 --bytes 8 --methods official --minutes 12
 	$(BIN)/python benchmarks/quality.py --set sift-128 --limit 400000 --bytes 8 \
 	  --methods LSQ "LSQ, 128 iterations" "ours, experts x8"
