@@ -16,7 +16,7 @@ import environment
 import matplotlib
 from matplotlib import pyplot
 from matplotlib.ticker import LogLocator, NullLocator
-from rivals.tables import cells, label
+from rivals.tables import best_recall, cells, label
 from tables import search_label
 
 MAX_BYTES = 64
@@ -38,7 +38,7 @@ def draw(name: str) -> None:
         rows = sorted({row["bytes"]: row for row in rows}.values(), key=lambda row: row["bytes"])  # the least error
         size = [row["bytes"] for row in rows]
         panels[0].plot(size, [row["mse"] for row in rows], **style)
-        panels[1].plot(size, [row["recall_10_at_10"] for row in rows], **style)
+        panels[1].plot(size, [best_recall(row) for row in rows], **style)
         timed = [row for row in rows if row.get("gpu") is None]  # on processors
         panels[2].plot([1e6 / row["encode_per_second"] for row in timed], [row["mse"] for row in timed], **style)
     for panel, title, across, up in (
