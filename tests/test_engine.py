@@ -58,13 +58,14 @@ def test_bfloat16_codes_hardly_depend_on_the_batch(realistic, embeddings):
     model = randomize(RQMoEModel(RQMoEConfig(**REALISTIC)))
     model.experts.to(torch.bfloat16)
     model.instructions.data = model.instructions.data.to(torch.bfloat16)
-    together = model.encode(embeddings[:20_000])
-    apart = [model.encode(part) for part in embeddings[:20_000].split(33)]
+    vectors = embeddings[:6_000]
+    together = model.encode(vectors)
+    apart = [model.encode(part) for part in vectors.split(33)]
     assert (torch.cat([part.codes for part in apart]) != together.codes).float().mean() < 1e-3
-    error = (embeddings[:20_000] - together.reconstruction).square().sum(1).mean()
-    apart_error = (embeddings[:20_000] - torch.cat([part.reconstruction for part in apart])).square().sum(1).mean()
+    error = (vectors - together.reconstruction).square().sum(1).mean()
+    apart_error = (vectors - torch.cat([part.reconstruction for part in apart])).square().sum(1).mean()
     assert apart_error == pytest.approx(error.item(), rel=1e-3)
-    full = (embeddings[:20_000] - realistic.encode(embeddings[:20_000]).reconstruction).square().sum(1).mean()
+    full = (vectors - realistic.encode(vectors).reconstruction).square().sum(1).mean()
     assert error == pytest.approx(full.item(), rel=1e-2)
 
 
@@ -147,7 +148,7 @@ import resource, numpy as np, torch
 from rqmoe_hf import RQMoEConfig, RQMoEModel
 model = RQMoEModel(RQMoEConfig(num_codebooks=2, intermediate_size=16, num_candidates=2, beam_size=2)).eval()
 model.scale.fill_(1.0)
-vectors = np.random.default_rng(0).standard_normal((1_000_000, 384), dtype=np.float32)
+vectors = np.random.default_rng(0).standard_normal((400_000, 384), dtype=np.float32)
 model.compress(vectors[:1000])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 codes = model.compress(vectors, show_progress_bar=False)
@@ -155,11 +156,11 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20, cod
 """
 
 
-def test_compressing_a_million_vectors_needs_little_memory():
+def test_compressing_many_vectors_needs_less_memory_than_a_copy_of_them():
     result = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     gibibytes, *shape = result.stdout.split(maxsplit=1)
-    assert float(gibibytes) < 2
-    assert shape == ["(1000000, 2)\n"]
+    assert float(gibibytes) < 0.4  # a copy would take .57; it is .19 for 100,000 vectors as for 250,000
+    assert shape == ["(400000, 2)\n"]
 
 
 @pytest.mark.parametrize("codebook_size", [2, 1000, 65536])
