@@ -59,15 +59,14 @@ def summary() -> str:
         f"| recall@10 | {' | '.join(f'{size} bytes' for size in sizes)} | its own size |",
         f"| --- |{' ---: |' * (len(sizes) + 1)}",
     ]
-    fixed = {method: _best(cell for cell in found if cell["method"] == method) for method in FIXED}
     rows = {method: [cell for cell in found if cell["method"] == method] for method in SUMMARY}
     rows["**ours**, trained on as many"] = [cell for cell in found if cell["method"].startswith("ours, ")]
     rows["**ours**, as bundled"] = [cell for cell in found if cell["method"].startswith("ours:")]
     for name, mine in rows.items():
         best = [_best(cell for cell in mine if cell["bytes"] == size) for size in sizes]
         lines.append(f"| {name} | {' | '.join(f'{best_recall(cell):.3f}' if cell else '' for cell in best)} | |")
-    for method, cell in fixed.items():
-        if cell:
+    for method in FIXED:
+        if cell := _best(cell for cell in found if cell["method"] == method):
             lines.append(f"| {method} |{' |' * len(sizes)} {best_recall(cell):.3f} at {cell['bytes']:,} bytes |")
     memory = " | ".join(f"{10 * size} MB" for size in sizes)
     lines.append(f"| memory for 10 million | {memory} | float32: {FLOAT_BYTES / 100:.1f} GB |")

@@ -103,12 +103,12 @@ def train_quantizer(
     start = _Start(init_method, init_sample_size, init_beam_size, init_rounds, init_temperature)
     run = _identify(model, train_dataset, args.seed, start)
     _check_run(checkpoint, run)
-    if args.bf16:
-        warn_of_slow_bfloat16(torch.bfloat16, args.device)
     quantizer = RQMoEModel(copy.deepcopy(model)) if isinstance(model, RQMoEConfig) else model
     without_gradients = not quantizer.config.has_experts and (
         init_method == "lsq" if isinstance(model, RQMoEConfig) else quantizer.config.local_search > 0
     )
+    if args.bf16 and not without_gradients:
+        warn_of_slow_bfloat16(torch.bfloat16, args.device)
     if checkpoint is not None:
         quantizer = RQMoEModel.from_pretrained(checkpoint, dtype=torch.float32)
     elif args.process_index == 0:
