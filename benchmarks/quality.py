@@ -137,6 +137,7 @@ def measure(
         "encode_per_second": round(len(codes) / (encoded - trained)),
         "decode_per_second": round(len(codes) / (decoded - encoded)),
         "threads": {"torch": torch.get_num_threads(), "faiss": faiss.omp_get_max_threads()},
+        "faiss_gpus": faiss.get_num_gpus(),
     }
     if data.unit_norm:
         renormalised = restored / np.maximum(norms, 1e-12)[:, None]

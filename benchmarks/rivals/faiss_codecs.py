@@ -1,4 +1,9 @@
-"""Product, residual and local-search quantizers of Faiss, with its defaults unless a comment says otherwise."""
+"""Product, residual and local-search quantizers of Faiss, with its defaults unless a comment says otherwise.
+
+A Faiss that was built for GPUs finds the nearest codewords of residual quantizers and the codes of local-search ones
+on the first of them: the same algorithms, with other random numbers in the local search. Codebooks of the latter are
+fitted on the processor.
+"""
 
 from collections.abc import Sequence
 
@@ -52,6 +57,9 @@ class BeamCodec(FaissCodec):
         if max(faiss.vector_to_array(index.rq.nbits)) >= LARGE_CODEBOOK_BITS:
             self.index.rq.train_type |= faiss.ResidualQuantizer.Train_top_beam
         self.index.rq.cp.max_points_per_centroid = POINTS_PER_CODEWORD
+        if faiss.get_num_gpus():
+            self.factory = faiss.GpuProgressiveDimIndexFactory(1)
+            self.index.rq.assign_index_factory = self.factory
 
     def train(self, vectors: np.ndarray) -> None:
         """Trains with a beam of at most five."""
@@ -66,6 +74,8 @@ class SearchingCodec(FaissCodec):
     def __init__(self, index: faiss.IndexLocalSearchQuantizer, code_bits: int, codebook_floats: int, iterations: int):
         super().__init__(index, code_bits, codebook_floats)
         self.iterations = iterations
+        if faiss.get_num_gpus():
+            index.lsq.icm_encoder_factory = faiss.GpuIcmEncoderFactory(1)  # which the index deletes
 
     def encode(self, vectors: np.ndarray) -> np.ndarray:
         """Packed codes, uint8."""

@@ -84,8 +84,9 @@ def error_of(cell: dict) -> str:
 
 
 def on_gpu(cell: dict) -> bool:
-    """Whether a method has run on the machine's GPU; Faiss has run on its processor."""
-    return bool(cell.get("gpu")) and cell["method"].startswith(FAMILY)
+    """Whether a method has run on the machine's GPU; of Faiss's only RQ and LSQ can, where Faiss was built for it."""
+    searched = cell["method"].startswith(("RQ", "LSQ")) and cell.get("faiss_gpus", 0) > 0
+    return bool(cell.get("gpu")) and (searched or cell["method"].startswith(FAMILY))
 
 
 def columns_of(found: list[dict]) -> dict[str, Column]:
