@@ -10,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+import environment
 import quality
 import tasks
 from rivals import OURS, REFERENCES, RIVALS, Quantizer, Searcher, build
@@ -20,6 +21,7 @@ from rivals.interface import squared_error
 from rivals.limits import LEFT_OUT, MAX_TRAINING_VECTORS, training_vectors
 from rivals.linear import lloyd_max_normal, random_rotation
 from rivals.scalar_codecs import RotatedScalar
+from rivals.tables import cells
 from sets import EmbeddingSet
 
 DIMENSION, TRAINING = 64, 600
@@ -294,3 +296,12 @@ def test_task_metrics_are_those_of_plain_definitions():
         hits.append(order[0] in wanted)
     assert tasks.retrieval(queries, documents, relevant) == pytest.approx((np.mean(gains), np.mean(hits)))
     np.testing.assert_allclose(tasks.ranks(np.array([3.0, 1.0, 3.0, 2.0])), [3.5, 1, 3.5, 2])
+
+
+def test_of_two_measurements_tables_show_the_first_with_the_tasks_of_the_second(monkeypatch):
+    first = {"method": "LSQ", "bytes": 8, "training_vectors": 100_000, "mse": 0.4, "tasks": {"sts": 70.0}}
+    again = first | {"mse": 0.3, "tasks": {"sts": 71.0, "known_item": 0.4}}
+    weights = {"method": "ours:mine:6", "bytes": 8, "training_vectors": 500, "mse": 0.35}
+    found = {str(number): cell for number, cell in enumerate((first, again, weights, weights | {"mse": 0.36}))}
+    monkeypatch.setattr(environment, "load", lambda name: {"cells": found})
+    assert cells("minilm-384") == [first | {"tasks": again["tasks"]}, weights | {"mse": 0.36}]  # larger errors first
