@@ -15,13 +15,11 @@ help:
 	@echo "make benchmark  repeat the measurements       make tables  write their tables into README and cards"
 	@echo "make benchmark-sets  build the vectors that are measured on (hours); make sift-128 builds one set"
 
-# torch comes first and alone: any other package may pull a larger build of it. Python compiles what is imported when it is: to
-# compile all 27,000 files that are installed takes longer than a minute.
-PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+# torch comes first and alone: any other package may pull a larger build of it.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(PIP_INSTALL) torch
-	$(PIP_INSTALL) --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 	@echo "Installed rqmoe_hf and its development tools into .venv."
 
