@@ -152,8 +152,7 @@ def embed(texts: dict[str, list[str]], encoder: str, folder: Path) -> None:
     import torch
     from sentence_transformers import SentenceTransformer
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = SentenceTransformer(encoder, device=device, model_kwargs={"dtype": torch.float32})
+    model = SentenceTransformer(encoder, model_kwargs={"dtype": torch.float32})
     for part, lines in texts.items():
         print(f"embedding {len(lines):,} texts ({part})", flush=True)
         vectors = model.encode(lines, batch_size=64, show_progress_bar=False)

@@ -58,8 +58,7 @@ class BeamCodec(FaissCodec):
             self.index.rq.train_type |= faiss.ResidualQuantizer.Train_top_beam
         self.index.rq.cp.max_points_per_centroid = POINTS_PER_CODEWORD
         if faiss.get_num_gpus():
-            self.factory = faiss.GpuProgressiveDimIndexFactory(1)
-            self.index.rq.assign_index_factory = self.factory
+            self.index.rq.assign_index_factory = faiss.GpuProgressiveDimIndexFactory(1)
 
     def train(self, vectors: np.ndarray) -> None:
         """Trains with a beam of at most five."""
@@ -75,7 +74,7 @@ class SearchingCodec(FaissCodec):
         super().__init__(index, code_bits, codebook_floats)
         self.iterations = iterations
         if faiss.get_num_gpus():
-            index.lsq.icm_encoder_factory = faiss.GpuIcmEncoderFactory(1)  # which the index deletes
+            index.lsq.icm_encoder_factory = faiss.GpuIcmEncoderFactory(1)
 
     def encode(self, vectors: np.ndarray) -> np.ndarray:
         """Packed codes, uint8."""
